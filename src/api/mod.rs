@@ -1,0 +1,1 @@
+//! HTTP only: router, wire types, handlers, error bodies, server-sent events.

@@ -1,0 +1,27 @@
+//! How a request names a cartridge.
+
+use serde::{Deserialize, Serialize};
+
+/// Where a cartridge id is looked up. The wire names are those of Tokasaurus.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum Source {
+    /// A Weights & Biases run. The default on the wire, as in Tokasaurus.
+    #[default]
+    Wandb,
+    /// A folder below the cartridge directory.
+    Local,
+    /// A Hugging Face model repository.
+    Huggingface,
+}
+
+/// One entry of a request's `cartridges` list. Unknown keys are ignored, as in Tokasaurus.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct CartridgeRef {
+    pub id: String,
+    #[serde(default)]
+    pub source: Source,
+    /// Read the file again and serve its present content from this request on.
+    #[serde(default)]
+    pub force_redownload: bool,
+}

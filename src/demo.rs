@@ -1,0 +1,1 @@
+//! The built-in demo: a small model that recalls facts from its context, two documents, two cartridges.

@@ -1,0 +1,36 @@
+//! The engine: one thread that turns token requests into token streams.
+//!
+//! It knows token ids, cartridges and the model; it knows neither text nor HTTP. Callers submit a
+//! [`GenerateRequest`] through an [`EngineHandle`] and read a [`TokenStream`].
+
+mod request;
+
+pub use request::{
+    Event, FinishReason, GenerateRequest, LogprobOptions, SampledToken, SamplingParams,
+};
+
+/// Why the engine refused or gave up a request.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum EngineError {
+    /// The waiting queue is at its limit; try again later.
+    #[error("the server is busy: {waiting} requests are waiting (limit {limit}); retry later")]
+    QueueFull { waiting: usize, limit: usize },
+    /// The request can never fit.
+    #[error(
+        "prompt of {prompt} tokens, {cartridge} cartridge tokens and {max_tokens} tokens to generate \
+         exceed the {limit} tokens a request may use; shorten the prompt or lower max_tokens"
+    )]
+    TooLong { prompt: usize, cartridge: usize, max_tokens: usize, limit: usize },
+    /// A parameter the engine cannot honour.
+    #[error("{field}: {reason}")]
+    InvalidRequest { field: &'static str, reason: String },
+    /// The model produced NaN or infinity for this sequence.
+    #[error("the model produced non-finite logits for this request")]
+    NonFiniteLogits,
+    /// The server is stopping.
+    #[error("the server is shutting down")]
+    ShuttingDown,
+    /// A bug or a device failure; the log has the cause.
+    #[error("the engine failed: {0}")]
+    Internal(String),
+}

@@ -1,0 +1,28 @@
+//! Cartouche: one process that serves, teaches and trains *cartridges*.
+//!
+//! A cartridge is a trained KV-cache prefix, one key and one value tensor per layer, that stands for a
+//! long text (Cartridges, arXiv 2506.06266). A request names it and the model attends to it as if the
+//! text were in the context.
+//!
+//! # Map
+//! | folder | purpose | may import |
+//! |---|---|---|
+//! | [`cli`] | one file per command | everything below |
+//! | [`api`] | HTTP: wire types, handlers, streaming, error bodies | `engine`, `cartridge`, `text` |
+//! | [`engine`] | the loop that turns requests into tokens | `model`, `cartridge`, `ops` |
+//! | [`model`] | one decoder for the Llama family and Qwen | `ops` |
+//! | [`cartridge`] | the artifact, its file formats, the registry | candle only |
+//! | [`text`] | tokenizer, chat template, detokenizer, stop strings | nothing of ours |
+//! | [`ops`] | differentiable building blocks, each with forward and backward | candle only |
+//!
+//! `docs/architecture.md` holds the invariants and where each one is enforced.
+
+pub mod api;
+pub mod cartridge;
+pub mod cli;
+pub mod demo;
+pub mod engine;
+pub mod limits;
+pub mod model;
+pub mod ops;
+pub mod text;

@@ -1,0 +1,52 @@
+//! Every limit on what a client or a file can make grow, in one place.
+//!
+//! Each constant says its unit and what the caller is told when it is passed. Values that an operator
+//! may want to change are defaults of the configuration and are named in `cartouche serve --help`.
+
+/// Bytes of one HTTP request body; larger is answered with 413.
+pub const MAX_BODY_BYTES: usize = 32 << 20;
+/// Choices (`n`) per request; more is a 400 that names `n`.
+pub const MAX_CHOICES: usize = 64;
+/// Stop strings per request; more is a 400 that names `stop`.
+pub const MAX_STOP_STRINGS: usize = 16;
+/// Bytes of one stop string; longer is a 400 that names `stop`.
+pub const MAX_STOP_BYTES: usize = 1024;
+/// Alternatives per position in `top_logprobs` / `logprobs` / `prompt_logprobs`, unless configured.
+pub const DEFAULT_MAX_TOP_LOGPROBS: usize = 64;
+/// Entries of `logit_bias`; more is a 400 that names it.
+pub const MAX_LOGIT_BIAS: usize = 1024;
+/// Cartridges one request may attach; more is a 400 that names `cartridges`.
+pub const MAX_CARTRIDGES_PER_REQUEST: usize = 16;
+/// Bytes of a cartridge id; longer is a 400 that names it.
+pub const MAX_CARTRIDGE_ID_BYTES: usize = 512;
+/// Messages in a chat request; more is a 400 that names `messages`.
+pub const MAX_MESSAGES: usize = 4096;
+/// Prompts in one completions request (a list of strings or of token lists).
+pub const MAX_PROMPTS: usize = 256;
+/// Requests waiting for the engine; the next one is answered with 429 and `Retry-After`.
+pub const DEFAULT_MAX_QUEUED_REQUESTS: usize = 1024;
+/// Sequences (choices) decoded in one step.
+pub const DEFAULT_MAX_RUNNING_SEQUENCES: usize = 64;
+/// Prompt tokens prefilled in one step, over all sequences.
+pub const DEFAULT_PREFILL_TOKENS_PER_STEP: usize = 512;
+/// Fuel of one chat-template rendering (template instructions); past it the render is an error.
+pub const CHAT_TEMPLATE_FUEL: u64 = 5_000_000;
+/// Bytes of one rendered prompt text.
+pub const MAX_RENDERED_PROMPT_BYTES: usize = 64 << 20;
+
+/// Bytes of a cartridge file, unless configured.
+pub const DEFAULT_MAX_CARTRIDGE_FILE_BYTES: u64 = 8 << 30;
+/// Bytes of `data.pkl` inside a `.pt` file.
+pub const MAX_PICKLE_BYTES: u64 = 16 << 20;
+/// Values a pickle may build (stack, memo and containers together).
+pub const MAX_PICKLE_OBJECTS: usize = 1_000_000;
+/// Records in the zip directory of a `.pt` file.
+pub const MAX_ZIP_RECORDS: usize = 65_536;
+/// Layers of a cartridge.
+pub const MAX_CARTRIDGE_LAYERS: usize = 1024;
+/// Tokens of a cartridge.
+pub const MAX_CARTRIDGE_TOKENS: usize = 1 << 22;
+/// Bytes of a `config.yaml` beside a cartridge; a larger one is ignored with a warning (it is advisory).
+pub const MAX_CONFIG_YAML_BYTES: u64 = 1 << 20;
+/// Bytes of resident cartridges kept by the registry, unless configured.
+pub const DEFAULT_CARTRIDGE_BUDGET_BYTES: u64 = 2 << 30;

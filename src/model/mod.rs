@@ -1,0 +1,1 @@
+//! One decoder for the Llama family and Qwen; knows no HTTP, no request, no training.

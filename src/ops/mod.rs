@@ -1,0 +1,1 @@
+//! Differentiable building blocks, each with forward and backward.
