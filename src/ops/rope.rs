@@ -43,6 +43,13 @@ impl RopeTable {
         Self { inverse_frequencies }
     }
 
+    /// Divides each frequency: the form in which GGUF files carry Llama-3 scaling.
+    pub fn divide(&mut self, divisors: &[f32]) {
+        for (frequency, divisor) in self.inverse_frequencies.iter_mut().zip(divisors) {
+            *frequency /= divisor;
+        }
+    }
+
     /// Cosines and sines for `positions`, each `[positions, head_dim / 2]` f32.
     pub fn angles(&self, positions: &[u32], device: &Device) -> Result<(Tensor, Tensor)> {
         let half = self.inverse_frequencies.len();
