@@ -50,3 +50,9 @@ pub const MAX_CARTRIDGE_TOKENS: usize = 1 << 22;
 pub const MAX_CONFIG_YAML_BYTES: u64 = 1 << 20;
 /// Bytes of resident cartridges kept by the registry, unless configured.
 pub const DEFAULT_CARTRIDGE_BUDGET_BYTES: u64 = 2 << 30;
+/// Bytes of a safetensors header of a cartridge; a longer one is no cartridge.
+pub const MAX_SAFETENSORS_HEADER_BYTES: u64 = 4 << 20;
+/// Cartridge files read at the same time; further loads wait.
+pub const MAX_CONCURRENT_CARTRIDGE_LOADS: usize = 4;
+/// Cartridge loads under way or waiting; the next one is answered with 429.
+pub const MAX_PENDING_CARTRIDGE_LOADS: usize = 256;
