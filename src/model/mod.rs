@@ -14,5 +14,5 @@ mod weights;
 pub use config::{Architecture, ModelConfig};
 pub use decoder::{Attend, Decoder};
 pub use error::ModelError;
-pub use load::{LoadOptions, LoadedModel, Quantize, load};
+pub use load::{LoadOptions, LoadedModel, Quantize, load, load_decoder};
 pub use source::ModelSource;
