@@ -1,5 +1,5 @@
 //! Tokenizers encode and decode as the reference package does, and streaming gives the same text as
-//! decoding everything at once. `scripts/fixtures/templates.py` writes the fixtures.
+//! decoding everything at once. `scripts/fixtures/tokenizers_small.py` writes the fixtures.
 
 use cartouche::text::{Detokenizer, Tokenizer};
 use proptest::prelude::*;

@@ -20,6 +20,7 @@ pub struct ChatTemplate {
     templates: Vec<(String, Compiled)>,
     special_tokens: Map<String, Value>,
     clock: Option<NaiveDateTime>,
+    request_templates: bool,
 }
 
 /// One rendering.
@@ -76,12 +77,10 @@ impl ChatTemplate {
             .into_iter()
             .map(|(name, source)| Ok((name.to_owned(), Compiled::new(source, None)?)))
             .collect::<Result<_, TextError>>()?;
-        let special_tokens = special_tokens(tokenizer_config);
-        Ok(Some(Self {
+        Ok(Some(Self::assemble(
             templates,
-            special_tokens,
-            clock: None,
-        }))
+            special_tokens(tokenizer_config),
+        )))
     }
 
     /// A single template. `special_tokens` are variables such as `bos_token`.
@@ -90,11 +89,16 @@ impl ChatTemplate {
     /// [`TextError::TemplateSyntax`].
     pub fn new(source: &str, special_tokens: Map<String, Value>) -> Result<Self, TextError> {
         let templates = vec![("default".to_owned(), Compiled::new(source, None)?)];
-        Ok(Self {
+        Ok(Self::assemble(templates, special_tokens))
+    }
+
+    fn assemble(templates: Vec<(String, Compiled)>, special_tokens: Map<String, Value>) -> Self {
+        Self {
             templates,
             special_tokens,
             clock: None,
-        })
+            request_templates: true,
+        }
     }
 
     /// Fixes the time that `strftime_now` sees, so that a prompt does not change from day to day.
@@ -107,6 +111,16 @@ impl ChatTemplate {
             *template = Compiled::new(&template.source, self.clock)?;
         }
         Ok(self)
+    }
+
+    /// Whether a request may bring its own template source in `kwargs` (default: yes, as Tokasaurus).
+    ///
+    /// Fuel bounds its instructions and the output is bounded, but not the strings it builds on the way:
+    /// a server open to strangers should say no. Names of the model's own templates stay usable.
+    #[must_use]
+    pub fn allow_request_templates(mut self, allow: bool) -> Self {
+        self.request_templates = allow;
+        self
     }
 
     /// Renders the prompt.
@@ -172,7 +186,15 @@ impl ChatTemplate {
             } else {
                 None
             };
-            return Ok(named.map_or(Picked::Given(source), Picked::Ours));
+            return match named {
+                Some(template) => Ok(Picked::Ours(template)),
+                None if self.request_templates => Ok(Picked::Given(source)),
+                None => Err(TextError::InvalidKwarg {
+                    name: "chat_template".to_owned(),
+                    reason: "is not allowed: this server accepts only the model's own templates"
+                        .to_owned(),
+                }),
+            };
         }
         let tool_use = resolved.tools.and_then(|_| by_name("tool_use"));
         tool_use

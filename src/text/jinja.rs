@@ -1,4 +1,10 @@
 //! The template engine set up as transformers sets up Jinja2, and one compiled template.
+//!
+//! Known differences from Jinja2, found by rendering the same snippets with both: `none` can be iterated
+//! (nothing comes), values of different types can be compared (Python raises), `%` between a string and
+//! values is not supported (the `format` filter is), floats inside printed lists keep Rust's exponent
+//! form, and the filters and methods for layout (`truncate`, `wordcount`, `striptags`, `zfill`, `ljust`,
+//! ...) do not exist: an error names them.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -8,7 +14,7 @@ use chrono::format::{Item, StrftimeItems};
 use chrono::{Local, NaiveDateTime};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Value, ValueKind};
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior, escape_formatter};
 use serde_json::Value as Json;
 
 use super::{TextError, json, pystr};
@@ -55,6 +61,14 @@ impl Compiled {
         env.add_filter("length", length);
         env.add_filter("count", length);
         env.add_filter("trim", trim);
+        env.add_filter("replace", replace);
+        env.add_function("joiner", minijinja_contrib::globals::joiner);
+        env.set_formatter(|out, state, value| {
+            if value.kind() == ValueKind::Number && !value.is_integer() {
+                return Ok(out.write_str(&json::float(f64::try_from(value.clone())?))?);
+            }
+            escape_formatter(out, state, value)
+        });
         env.add_test("sequence", is_sequence);
         env.add_test("iterable", is_sequence);
         env.add_function(
@@ -210,6 +224,14 @@ fn trim(value: &Value, chars: Option<&str>) -> String {
         Some(chars) => text.trim_matches(|c| chars.contains(c)).to_owned(),
         None => text.trim_matches(pystr::is_space).to_owned(),
     }
+}
+
+/// `replace` with Jinja2's optional count.
+fn replace(value: &Value, old: &str, new: &str, count: Option<i64>) -> String {
+    let count = count
+        .and_then(|n| usize::try_from(n).ok())
+        .unwrap_or(usize::MAX);
+    value.to_string().replacen(old, new, count)
 }
 
 /// Python counts strings and mappings as sequences and iterables; templates are written for that.

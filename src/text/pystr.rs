@@ -98,10 +98,6 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
                 .ok_or_else(|| invalid("index: substring not found"))?;
             Value::from(text[..at].chars().count())
         }
-        "casefold" => {
-            let () = from_args(args)?;
-            Value::from(text.to_lowercase())
-        }
         "splitlines" => {
             let (keep, kwargs): (Option<bool>, Kwargs) = from_args(args)?;
             let keep = kwargs
