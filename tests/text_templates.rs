@@ -113,7 +113,8 @@ fn configuration_forms() {
         })
     };
     let config = json!({
-        "chat_template": "{{ bos_token }}{{ eos_token }}{{ image_token }}{{ pad_token is defined }}",
+        "chat_template":
+            "{{ bos_token }}{{ eos_token }}{{ image_token }}{{ pad_token is defined }}",
         "bos_token": "<b>", "eos_token": {"content": "<e>", "lstrip": false}, "pad_token": null,
         "add_bos_token": true, "extra_special_tokens": {"image_token": "<i>"},
     });

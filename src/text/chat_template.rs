@@ -1,4 +1,5 @@
-//! Chat templates: messages to prompt text, byte for byte as transformers' `apply_chat_template` renders.
+//! Chat templates: messages to prompt text, byte for byte as transformers' `apply_chat_template`
+//! renders.
 
 use chrono::NaiveDateTime;
 use minijinja::value::Value as Var;
@@ -10,7 +11,8 @@ use super::pystr::is_space;
 
 /// Names under which a message's reasoning travels. Templates read the first (gpt-oss' the second).
 const REASONING_FIELDS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
-/// Marks the end of the message to continue. The space shows whether the template trims the content.
+/// Marks the end of the message to continue. The space shows whether the template trims the
+/// content.
 const CONTINUE_TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
 
 /// The chat template, or named templates, of one model.
@@ -36,8 +38,8 @@ pub struct TemplateRequest<'a> {
     /// `add_generation_prompt`.
     pub continue_final_message: bool,
     /// `chat_template_kwargs` / `apply_chat_template_overrides`: any template variable, and
-    /// `chat_template` (a name or a source), `add_generation_prompt`, `continue_final_message` (also the
-    /// name of the field to continue), `tools`, `documents`.
+    /// `chat_template` (a name or a source), `add_generation_prompt`, `continue_final_message`
+    /// (also the name of the field to continue), `tools`, `documents`.
     pub kwargs: &'a Map<String, Value>,
 }
 
@@ -53,8 +55,9 @@ struct Resolved<'a> {
 }
 
 impl ChatTemplate {
-    /// The template in `tokenizer_config.json` (`chat_template`: a source, or a list of named ones), or
-    /// the content of `chat_template.jinja`, which wins. `None` when the model has neither.
+    /// The template in `tokenizer_config.json` (`chat_template`: a source, or a list of named
+    /// ones), or the content of `chat_template.jinja`, which wins. `None` when the model has
+    /// neither.
     ///
     /// # Errors
     /// [`TextError::Config`] when `chat_template` has another form; [`TextError::TemplateSyntax`].
@@ -113,10 +116,12 @@ impl ChatTemplate {
         Ok(self)
     }
 
-    /// Whether a request may bring its own template source in `kwargs` (default: yes, as Tokasaurus).
+    /// Whether a request may bring its own template source in `kwargs` (default: yes, as
+    /// Tokasaurus).
     ///
-    /// Fuel bounds its instructions and the output is bounded, but not the strings it builds on the way:
-    /// a server open to strangers should say no. Names of the model's own templates stay usable.
+    /// Fuel bounds its instructions and the output is bounded, but not the strings it builds on the
+    /// way: a server open to strangers should say no. Names of the model's own templates stay
+    /// usable.
     #[must_use]
     pub fn allow_request_templates(mut self, allow: bool) -> Self {
         self.request_templates = allow;
@@ -127,8 +132,8 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// [`TextError::TemplateRaised`] when the template refuses the messages, the other `Template*`
-    /// variants when it fails or passes a limit, [`TextError::InvalidKwarg`], [`TextError::NoTemplate`],
-    /// [`TextError::InvalidMessages`], [`TextError::ContinueFinal`].
+    /// variants when it fails or passes a limit, [`TextError::InvalidKwarg`],
+    /// [`TextError::NoTemplate`], [`TextError::InvalidMessages`], [`TextError::ContinueFinal`].
     pub fn render(&self, req: &TemplateRequest) -> Result<String, TextError> {
         let resolved = resolve(req)?;
         let own;
@@ -219,7 +224,8 @@ fn config_error(reason: &str) -> TextError {
     }
 }
 
-/// Every `*_token` of the configuration (a string, or an object with `content`), and the named extras.
+/// Every `*_token` of the configuration (a string, or an object with `content`), and the named
+/// extras.
 fn special_tokens(config: &Value) -> Map<String, Value> {
     let text = |v: &Value| {
         v.as_str()

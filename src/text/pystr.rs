@@ -23,7 +23,8 @@ pub(super) fn call_method(
     }
 }
 
-/// White space as `str.strip` and `str.split` see it: Unicode's, and the ASCII separators 0x1C to 0x1F.
+/// White space as `str.strip` and `str.split` see it: Unicode's, and the ASCII separators 0x1C to
+/// 0x1F.
 pub(super) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1C}'..='\u{1F}').contains(&c)
 }
