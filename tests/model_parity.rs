@@ -121,7 +121,7 @@ fn weights_quantised_while_loading_stay_close() {
             let decoder = load_decoder(&fixture.source(), Some(quantize)).unwrap();
             let ours = logits(&decoder, &fixture.prompts()[1], &[]);
             let relative = relative_difference(&ours, &fixture.logits("base", 1));
-            assert!(relative > 0.0 && relative < 0.03, "{}: {relative}", fixture.name);
+            assert!(relative > 0.0 && relative < 0.06, "{}: {relative}", fixture.name);
         }
     }
 }
