@@ -155,9 +155,11 @@ fn the_digest_is_stable() {
 const DIGEST_OF_LIST_BF16: &str =
     "1897cf712ec9b979519f2e01b20dd5404bacb849252085626da274ca5959a074";
 
+/// Leaves its files for `scripts/fixtures/check_torch_loads.py`.
 #[test]
 fn written_files_are_read_back() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("torch");
+    fs::create_dir_all(&folder).unwrap();
     for name in [
         "list_bf16",
         "list_f16",
@@ -168,7 +170,7 @@ fn written_files_are_read_back() {
         let cartridge = good(name);
         for style in [TorchStyle::PlainLists, TorchStyle::ParameterLists] {
             for naming in [Naming::Frozen, Naming::Fixed, Naming::Both] {
-                let path = folder.path().join(format!("{name}.pt"));
+                let path = folder.join(format!("{name}-{style:?}-{naming:?}.pt"));
                 write_torch(&path, &cartridge, style, naming).unwrap();
                 let again = read_cartridge(&path, MAX_BYTES).unwrap();
                 assert_eq!(
@@ -179,12 +181,12 @@ fn written_files_are_read_back() {
                 assert_eq!(again.frozen_tokens(), cartridge.frozen_tokens());
             }
         }
-        let path = folder.path().join(format!("{name}.safetensors"));
+        let path = folder.join(format!("{name}.safetensors"));
         write_safetensors(&path, &cartridge).unwrap();
         let again = read_cartridge(&path, MAX_BYTES).unwrap();
         assert_eq!(again.generation(), cartridge.generation(), "{name}");
     }
-    let names = fs::read_dir(folder.path())
+    let names = fs::read_dir(&folder)
         .unwrap()
         .map(|e| e.unwrap().file_name());
     assert!(
