@@ -5,18 +5,16 @@
 //! handles a bounded amount of input and pushes at most one value, so the budgets on bytes and opcodes
 //! bound memory and time; nothing recurses.
 
-use std::{collections::HashMap, rc::Rc};
+use std::collections::HashMap;
 
 use super::{
     CartridgeError,
-    pickle_value::{Element, Global, Node, NodeId, Pickle, StorageRef, TensorRef, Value},
+    pickle_value::{Global, Node, NodeId, Pickle, Value},
 };
 use crate::limits;
 
 /// Newest pickle protocol understood. torch writes 2 unless told otherwise.
 const MAX_PROTOCOL: u8 = 5;
-/// Dimensions of a tensor; cartridges have 4.
-const MAX_DIMS: usize = 16;
 
 /// Reads a whole pickle.
 ///
@@ -65,7 +63,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Pickle, CartridgeError> {
     Err(CartridgeError::invalid("pickle without end"))
 }
 
-enum Fault {
+pub(super) enum Fault {
     /// Wrong at the present offset.
     Malformed(String),
     Refused(CartridgeError),
@@ -77,17 +75,17 @@ impl From<&str> for Fault {
     }
 }
 
-type Step<T> = Result<T, Fault>;
+pub(super) type Step<T> = Result<T, Fault>;
 
 #[derive(Default)]
-struct Machine<'a> {
+pub(super) struct Machine<'a> {
     input: &'a [u8],
     at: usize,
-    stack: Vec<Value>,
+    pub stack: Vec<Value>,
     /// Stack heights at which MARK was called.
     marks: Vec<usize>,
     memo: HashMap<u32, Value>,
-    nodes: Vec<Node>,
+    pub nodes: Vec<Node>,
 }
 
 impl<'a> Machine<'a> {
@@ -292,7 +290,7 @@ impl<'a> Machine<'a> {
     // Stack
 
     /// Pops a value, but never one that lies below the last mark.
-    fn pop(&mut self) -> Step<Value> {
+    pub(super) fn pop(&mut self) -> Step<Value> {
         let floor = self.marks.last().copied().unwrap_or(0);
         match self.stack.pop() {
             Some(value) if self.stack.len() >= floor => Ok(value),
@@ -311,30 +309,30 @@ impl<'a> Machine<'a> {
         Ok(self.stack.split_off(mark))
     }
 
-    fn push_node(&mut self, node: Node) {
+    pub(super) fn push_node(&mut self, node: Node) {
         self.stack.push(Value::Node(self.nodes.len()));
         self.nodes.push(node);
     }
 
-    fn new_node(&mut self, node: Node) -> Value {
+    pub(super) fn new_node(&mut self, node: Node) -> Value {
         self.nodes.push(node);
         Value::Node(self.nodes.len() - 1)
     }
 
-    fn node_id(&self, value: &Value) -> Option<NodeId> {
+    pub(super) fn node_id(&self, value: &Value) -> Option<NodeId> {
         match value {
             Value::Node(id) if *id < self.nodes.len() => Some(*id),
             _ => None,
         }
     }
 
-    fn top_node(&mut self) -> Step<&mut Node> {
+    pub(super) fn top_node(&mut self) -> Step<&mut Node> {
         let id = self.stack.last().and_then(|top| self.node_id(top));
         id.and_then(|id| self.nodes.get_mut(id))
             .ok_or_else(|| "no container on the stack".into())
     }
 
-    fn tuple(&self, value: &Value) -> Step<&[Value]> {
+    pub(super) fn tuple(&self, value: &Value) -> Step<&[Value]> {
         match self.node_id(value).map(|id| &self.nodes[id]) {
             Some(Node::Tuple(items)) => Ok(items),
             _ => Err("a tuple was expected".into()),
@@ -371,123 +369,5 @@ impl<'a> Machine<'a> {
                 .insert(index, top.ok_or_else(|| Fault::from("nothing to memoise"))?);
         }
         Ok(())
-    }
-
-    // Objects
-
-    fn global(&mut self, module: &str, name: &str) -> Step<()> {
-        let global = Global::find(module, name).map_err(Fault::Refused)?;
-        self.stack.push(Value::Global(global));
-        Ok(())
-    }
-
-    fn persistent_id(&mut self) -> Step<()> {
-        let id = self.pop()?;
-        let [
-            Value::Text(kind),
-            Value::Global(Global::Storage(element)),
-            Value::Text(key),
-            _,
-            len,
-        ] = self.tuple(&id)?
-        else {
-            return Err("a persistent id that is no storage".into());
-        };
-        if **kind != *"storage" {
-            return Err("a persistent id that is no storage".into());
-        }
-        let storage = StorageRef {
-            element: *element,
-            key: Rc::clone(key),
-            len: natural(len)?,
-        };
-        self.push_node(Node::Storage(storage));
-        Ok(())
-    }
-
-    /// The few calls that occur in a cartridge. Each makes data, none has a side effect.
-    fn call(&mut self, callee: &Value, arguments: &Value) -> Step<Value> {
-        let Value::Global(callee) = callee else {
-            return Err("a call of something that is no known function".into());
-        };
-        let arguments = self.tuple(arguments)?;
-        match (callee, arguments) {
-            (Global::OrderedDict, []) => Ok(self.new_node(Node::Dict(Vec::new()))),
-            (Global::Set, [] | [_]) => Ok(self.new_node(Node::Set)),
-            (Global::Size, [size]) => Ok(size.clone()),
-            (Global::RebuildParameter, [tensor, _, _])
-            | (Global::RebuildParameterWithState, [tensor, _, _, _]) => {
-                match self.node_id(tensor).map(|id| &self.nodes[id]) {
-                    Some(Node::Tensor(_)) => Ok(tensor.clone()),
-                    _ => Err("a Parameter around something that is no tensor".into()),
-                }
-            }
-            (Global::RebuildTensorV2, [storage, offset, size, stride, _, _])
-            | (Global::RebuildTensorV2, [storage, offset, size, stride, _, _, _]) => {
-                let tensor = self.tensor([storage, offset, size, stride], None)?;
-                Ok(self.new_node(Node::Tensor(tensor)))
-            }
-            (Global::RebuildTensorV3, [storage, offset, size, stride, _, _, dtype])
-            | (Global::RebuildTensorV3, [storage, offset, size, stride, _, _, dtype, _]) => {
-                let Value::Global(Global::Dtype(element)) = dtype else {
-                    return Err("a tensor without a number type".into());
-                };
-                let tensor = self.tensor([storage, offset, size, stride], Some(*element))?;
-                Ok(self.new_node(Node::Tensor(tensor)))
-            }
-            _ => Err(Fault::Malformed(format!(
-                "{callee:?} called with unexpected arguments"
-            ))),
-        }
-    }
-
-    fn tensor(&self, parts: [&Value; 4], element: Option<Element>) -> Step<TensorRef> {
-        let [storage, offset, size, stride] = parts;
-        let Some(Node::Storage(storage)) = self.node_id(storage).map(|id| &self.nodes[id]) else {
-            return Err("a tensor without a storage".into());
-        };
-        let list = |value| -> Step<Vec<u64>> {
-            let items = self.tuple(value)?;
-            if items.len() > MAX_DIMS {
-                return Err("a tensor of too many dimensions".into());
-            }
-            items.iter().map(natural).collect()
-        };
-        let (size, stride) = (list(size)?, list(stride)?);
-        if size.len() != stride.len() {
-            return Err("a tensor with as many sizes as strides was expected".into());
-        }
-        let element = element.unwrap_or(storage.element);
-        Ok(TensorRef {
-            storage: storage.clone(),
-            element,
-            offset: natural(offset)?,
-            size,
-            stride,
-        })
-    }
-
-    /// BUILD: gives a ParameterList its attributes. On an OrderedDict (torch hangs `_metadata` there) the
-    /// attributes are dropped.
-    fn build(&mut self) -> Step<()> {
-        let state = self.pop()?;
-        let state = self
-            .node_id(&state)
-            .filter(|id| matches!(self.nodes[*id], Node::Dict(_)));
-        match (self.top_node()?, state) {
-            (Node::ParameterList(slot), Some(state)) => *slot = Some(state),
-            (Node::Dict(_), Some(_)) => {}
-            _ => return Err("BUILD on something other than a ParameterList".into()),
-        }
-        Ok(())
-    }
-}
-
-/// A size, offset or stride.
-fn natural(value: &Value) -> Step<u64> {
-    match value {
-        Value::Int(number) => u64::try_from(*number)
-            .map_err(|_| Fault::Malformed(format!("negative size, offset or stride {number}"))),
-        _ => Err("a whole number was expected".into()),
     }
 }
