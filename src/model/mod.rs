@@ -8,6 +8,7 @@ mod decoder;
 mod error;
 mod gguf;
 mod load;
+mod prefill;
 mod source;
 mod weights;
 
@@ -15,4 +16,5 @@ pub use config::{Architecture, ModelConfig};
 pub use decoder::{Attend, Decoder};
 pub use error::ModelError;
 pub use load::{LoadOptions, LoadedModel, Quantize, load, load_decoder};
+pub use prefill::prefill;
 pub use source::ModelSource;
