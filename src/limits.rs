@@ -55,3 +55,9 @@ pub const MAX_CHOICES_PER_REQUEST: usize = 1024;
 /// Log-probabilities one request may ask for (tokens times alternatives, over all choices and prompts);
 /// more is a 400 that says which fields to lower.
 pub const MAX_LOGPROBS_PER_REQUEST: usize = 1 << 25;
+/// Bytes of a safetensors header of a cartridge; a longer one is no cartridge.
+pub const MAX_SAFETENSORS_HEADER_BYTES: u64 = 4 << 20;
+/// Cartridge files read at the same time; further loads wait.
+pub const MAX_CONCURRENT_CARTRIDGE_LOADS: usize = 4;
+/// Cartridge loads under way or waiting; the next one is answered with 429.
+pub const MAX_PENDING_CARTRIDGE_LOADS: usize = 256;

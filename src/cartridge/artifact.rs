@@ -1,11 +1,47 @@
 //! The cartridge itself: immutable keys and values per layer, and the digest that identifies them.
 
-use candle_core::Tensor;
+use std::fmt;
+
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::CartridgeError;
+use crate::limits;
 
 /// SHA-256 of a cartridge's content: its identity, whatever it is called and wherever it came from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Generation(pub [u8; 32]);
+
+impl Generation {
+    /// 64 lower-case hexadecimal digits.
+    pub fn to_hex(&self) -> String {
+        self.to_string()
+    }
+
+    /// The first 12 hexadecimal digits, for logs and lists.
+    pub fn short(&self) -> String {
+        self.to_string()[..12].to_owned()
+    }
+}
+
+impl fmt::Display for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Generation({})", self.short())
+    }
+}
+
+impl Serialize for Generation {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
 
 /// Keys and values of one layer.
 #[derive(Debug, Clone)]
@@ -43,7 +79,292 @@ pub struct Provenance {
 #[derive(Debug, Clone)]
 pub struct Cartridge {
     layers: Vec<LayerKv>,
+    shape: KvShape,
+    tokens: usize,
+    dtype: DType,
     frozen_tokens: usize,
     provenance: Provenance,
     generation: Generation,
+}
+
+impl Cartridge {
+    /// Checks that all layers agree and computes the generation.
+    ///
+    /// Keys and values are `[kv_heads, tokens, head_dim]`, of one floating-point type (f16, bf16, f32) over
+    /// all layers; a bias is `[kv_heads, tokens]` f32. Whether numbers are finite is checked by
+    /// [`super::validate`], not here.
+    ///
+    /// # Errors
+    /// [`CartridgeError::Invalid`] names the layer and tensor that disagrees;
+    /// [`CartridgeError::TooLarge`] the limit that was passed.
+    pub fn new(
+        layers: Vec<LayerKv>,
+        frozen_tokens: usize,
+        provenance: Provenance,
+    ) -> Result<Self, CartridgeError> {
+        let first = layers
+            .first()
+            .ok_or_else(|| CartridgeError::invalid("it has no layers"))?;
+        let (kv_heads, tokens, head_dim) = first.keys.dims3().map_err(|_| {
+            let dims = first.keys.dims();
+            CartridgeError::invalid(format!(
+                "layer 0 keys: expected [kv_heads, tokens, head_dim], found {dims:?}"
+            ))
+        })?;
+        let dtype = first.keys.dtype();
+        let shape = KvShape {
+            layers: layers.len(),
+            kv_heads,
+            head_dim,
+        };
+        check_sizes(shape, tokens, frozen_tokens)?;
+        if !matches!(dtype, DType::F16 | DType::BF16 | DType::F32) {
+            let reason = format!("layer 0 keys: {dtype:?}; cartridges are f16, bf16 or f32");
+            return Err(CartridgeError::invalid(reason));
+        }
+        for (i, layer) in layers.iter().enumerate() {
+            let dims = [kv_heads, tokens, head_dim];
+            check_tensor(i, "keys", &layer.keys, &dims, dtype)?;
+            check_tensor(i, "values", &layer.values, &dims, dtype)?;
+            if let Some(bias) = &layer.bias {
+                check_tensor(i, "bias", bias, &dims[..2], DType::F32)?;
+            }
+        }
+        let generation = digest(&layers, shape, tokens, dtype, frozen_tokens)?;
+        Ok(Self {
+            layers,
+            shape,
+            tokens,
+            dtype,
+            frozen_tokens,
+            provenance,
+            generation,
+        })
+    }
+
+    pub fn layers(&self) -> &[LayerKv] {
+        &self.layers
+    }
+
+    /// All tokens, frozen ones included. Prompt positions start after them.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Leading tokens that were not trained.
+    pub fn frozen_tokens(&self) -> usize {
+        self.frozen_tokens
+    }
+
+    pub fn shape(&self) -> KvShape {
+        self.shape
+    }
+
+    /// Type of keys and values.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Memory the tensors take in their present type.
+    pub fn bytes(&self) -> u64 {
+        self.bytes_as(self.dtype)
+    }
+
+    /// Memory the tensors would take as `dtype`.
+    pub fn bytes_as(&self, dtype: DType) -> u64 {
+        let KvShape {
+            layers,
+            kv_heads,
+            head_dim,
+        } = self.shape;
+        let elements = 2 * layers * kv_heads * self.tokens * head_dim;
+        let biases = self
+            .layers
+            .iter()
+            .filter(|layer| layer.bias.is_some())
+            .count();
+        (elements * dtype.size_in_bytes() + biases * kv_heads * self.tokens * 4) as u64
+    }
+
+    pub fn provenance(&self) -> &Provenance {
+        &self.provenance
+    }
+
+    /// The same tensors with other facts about their making.
+    pub fn with_provenance(self, provenance: Provenance) -> Self {
+        Self { provenance, ..self }
+    }
+
+    /// Digest of the content as it was made or read. [`Self::to`] does not change it.
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// The cartridge on another device or in another type. It keeps its generation: identity is that of the
+    /// stored content, not of what a device makes of it. Tensors that need no change are shared.
+    pub fn to(&self, device: &Device, dtype: DType) -> Result<Self, CartridgeError> {
+        let moved = |t: &Tensor, dtype| t.to_device(device).and_then(|t| t.to_dtype(dtype));
+        let layers = self.layers.iter().map(|layer| {
+            Ok(LayerKv {
+                keys: moved(&layer.keys, dtype)?,
+                values: moved(&layer.values, dtype)?,
+                bias: layer
+                    .bias
+                    .as_ref()
+                    .map(|bias| moved(bias, DType::F32))
+                    .transpose()?,
+            })
+        });
+        let layers = layers
+            .collect::<candle_core::Result<_>>()
+            .map_err(|e| CartridgeError::tensor(&e))?;
+        Ok(Self {
+            layers,
+            dtype,
+            provenance: self.provenance.clone(),
+            ..*self
+        })
+    }
+
+    /// The digest of the tensors as they are now; differs from [`Self::generation`] after a change of type.
+    pub(super) fn present_generation(&self) -> Result<Generation, CartridgeError> {
+        digest(
+            &self.layers,
+            self.shape,
+            self.tokens,
+            self.dtype,
+            self.frozen_tokens,
+        )
+    }
+}
+
+fn check_sizes(shape: KvShape, tokens: usize, frozen: usize) -> Result<(), CartridgeError> {
+    let KvShape {
+        layers,
+        kv_heads,
+        head_dim,
+    } = shape;
+    if layers > limits::MAX_CARTRIDGE_LAYERS {
+        let limit = limits::MAX_CARTRIDGE_LAYERS as u64;
+        return Err(CartridgeError::too_large("layers", layers as u64, limit));
+    }
+    if tokens > limits::MAX_CARTRIDGE_TOKENS {
+        let limit = limits::MAX_CARTRIDGE_TOKENS as u64;
+        return Err(CartridgeError::too_large("tokens", tokens as u64, limit));
+    }
+    if kv_heads == 0 || tokens == 0 || head_dim == 0 {
+        let reason = format!("empty: {kv_heads} KV heads, {tokens} tokens, head size {head_dim}");
+        return Err(CartridgeError::invalid(reason));
+    }
+    if frozen > tokens {
+        let reason = format!("{frozen} frozen tokens of {tokens} tokens");
+        return Err(CartridgeError::invalid(reason));
+    }
+    Ok(())
+}
+
+fn check_tensor(
+    layer: usize,
+    name: &str,
+    tensor: &Tensor,
+    dims: &[usize],
+    dtype: DType,
+) -> Result<(), CartridgeError> {
+    let (have, kind) = (tensor.dims(), tensor.dtype());
+    if have != dims {
+        let reason = format!("layer {layer} {name}: shape {have:?}, expected {dims:?}");
+        return Err(CartridgeError::invalid(reason));
+    }
+    if kind != dtype {
+        let reason = format!("layer {layer} {name}: type {kind:?}, expected {dtype:?}");
+        return Err(CartridgeError::invalid(reason));
+    }
+    Ok(())
+}
+
+/// Changes when the layout of the digested bytes does, so that old digests can never be taken for new ones.
+const DIGEST_HEADER: &[u8] = b"cartouche cartridge v1\0";
+
+/// SHA-256 over a header (sizes, type, frozen tokens, which layers have a bias; little-endian u64 each) and
+/// every layer's keys, values and bias as little-endian bytes in canonical order.
+fn digest(
+    layers: &[LayerKv],
+    shape: KvShape,
+    tokens: usize,
+    dtype: DType,
+    frozen: usize,
+) -> Result<Generation, CartridgeError> {
+    let mut hash = Sha256::new();
+    hash.update(DIGEST_HEADER);
+    for size in [shape.layers, shape.kv_heads, tokens, shape.head_dim, frozen] {
+        hash.update((size as u64).to_le_bytes());
+    }
+    hash.update(dtype.as_str().as_bytes());
+    hash.update([0]);
+    for layer in layers {
+        hash.update([u8::from(layer.bias.is_some())]);
+    }
+    for tensor in layers.iter().flat_map(LayerKv::tensors) {
+        with_bytes(tensor, |bytes| hash.update(bytes))?;
+    }
+    Ok(Generation(hash.finalize().into()))
+}
+
+impl LayerKv {
+    /// Keys, values and, where there is one, the bias.
+    pub(super) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        [&self.keys, &self.values].into_iter().chain(&self.bias)
+    }
+}
+
+#[cfg(target_endian = "big")]
+compile_error!("cartridge files and digests are little-endian; byte swapping is not written");
+
+/// Lends the elements of a tensor as little-endian bytes in row-major order, copying only what is not
+/// contiguous or not in host memory.
+pub(super) fn with_bytes<T>(
+    tensor: &Tensor,
+    use_bytes: impl FnOnce(&[u8]) -> T,
+) -> Result<T, CartridgeError> {
+    let flat = tensor
+        .to_device(&Device::Cpu)
+        .and_then(|t| t.contiguous())
+        .map_err(|e| CartridgeError::tensor(&e))?;
+    let (storage, layout) = flat.storage_and_layout();
+    let range = layout.contiguous_offsets().map(|(start, end)| start..end);
+    let bytes = match (&*storage, range) {
+        (Storage::Cpu(CpuStorage::F32(data)), Some(range)) => bytemuck::cast_slice(&data[range]),
+        (Storage::Cpu(CpuStorage::F16(data)), Some(range)) => bytemuck::cast_slice(&data[range]),
+        (Storage::Cpu(CpuStorage::BF16(data)), Some(range)) => bytemuck::cast_slice(&data[range]),
+        _ => {
+            return Err(CartridgeError::invalid(
+                "a tensor is not f16, bf16 or f32 in memory",
+            ));
+        }
+    };
+    Ok(use_bytes(bytes))
+}
+
+/// A tensor in host memory from little-endian bytes; `fill` writes all `elements × size` of them.
+pub(super) fn tensor_from_bytes(
+    dtype: DType,
+    dims: &[usize],
+    fill: impl FnOnce(&mut [u8]) -> Result<(), CartridgeError>,
+) -> Result<Tensor, CartridgeError> {
+    fn build<T: candle_core::WithDType + bytemuck::Pod>(
+        dims: &[usize],
+        fill: impl FnOnce(&mut [u8]) -> Result<(), CartridgeError>,
+    ) -> Result<Tensor, CartridgeError> {
+        let mut data = vec![T::zeroed(); dims.iter().product()];
+        fill(bytemuck::cast_slice_mut(&mut data))?;
+        Tensor::from_vec(data, dims, &Device::Cpu).map_err(|e| CartridgeError::tensor(&e))
+    }
+    match dtype {
+        DType::F32 => build::<f32>(dims, fill),
+        DType::F16 => build::<half::f16>(dims, fill),
+        DType::BF16 => build::<half::bf16>(dims, fill),
+        other => Err(CartridgeError::invalid(format!(
+            "type {other:?}; need f16, bf16 or f32"
+        ))),
+    }
 }

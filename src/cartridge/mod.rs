@@ -1,12 +1,37 @@
 //! Cartridges: the artifact, its file formats, and the registry that lends them to requests.
 //!
 //! Content, not name, is identity: a [`Cartridge`] carries its [`Generation`], names point at generations,
-//! and whoever uses one holds a [`Lease`] on it.
+//! and whoever uses one holds a [`Lease`] on it. Files are data from strangers: nothing in them is executed,
+//! and every size they claim is checked before memory is taken.
 
 mod artifact;
+mod config_yaml;
+mod error;
+mod format;
+mod lease;
+mod pickle;
+mod pickle_objects;
+mod pickle_value;
 mod reference;
+mod registry;
+mod residents;
+mod safetensors_file;
+mod sanitize;
+mod sources;
+mod torch_file;
+mod torch_layout;
+mod torch_write;
+mod validate;
 
 pub use artifact::{Cartridge, Generation, KvShape, LayerKv, Provenance};
+pub use config_yaml::{read_config_yaml, write_config_yaml};
+pub use error::{CartridgeError, ParseGenerationError};
+pub use format::{read_cartridge, read_cartridge_bytes};
+pub use lease::Lease;
 pub use reference::{CartridgeRef, Source};
-mod registry;
-pub use registry::Lease;
+pub use registry::{CartridgeInfo, Registry, RegistryOptions};
+pub use safetensors_file::write_safetensors;
+pub use sanitize::folder_name;
+pub use sources::{FileSource, LocalFolder, RemoteSource, Stamp};
+pub use torch_write::{Naming, TorchStyle, write_torch};
+pub use validate::{provenance_warnings, validate};

@@ -25,3 +25,13 @@ pub struct CartridgeRef {
     #[serde(default)]
     pub force_redownload: bool,
 }
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Wandb => "wandb",
+            Self::Local => "local",
+            Self::Huggingface => "huggingface",
+        })
+    }
+}

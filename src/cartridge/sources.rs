@@ -1,0 +1,321 @@
+//! Where cartridge files come from. Everything here blocks and is called on threads that may.
+
+use std::{
+    fs::{self, File, Metadata},
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+use super::{
+    Cartridge, CartridgeError, Provenance, Source, format::read_file, read_config_yaml,
+    sanitize::folder_name,
+};
+use crate::limits;
+
+/// Tells one state of a file from another: replacing or rewriting a file changes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Stamp {
+    pub len: u64,
+    pub modified: Option<SystemTime>,
+    /// Device, inode and time of the last change of the inode; zero where the system has none.
+    pub inode: [i128; 3],
+}
+
+impl From<&Metadata> for Stamp {
+    fn from(metadata: &Metadata) -> Self {
+        #[cfg(unix)]
+        let inode = {
+            use std::os::unix::fs::MetadataExt;
+            let changed =
+                i128::from(metadata.ctime()) * 1_000_000_000 + i128::from(metadata.ctime_nsec());
+            [
+                i128::from(metadata.dev()),
+                i128::from(metadata.ino()),
+                changed,
+            ]
+        };
+        #[cfg(not(unix))]
+        let inode = [0; 3];
+        Self {
+            len: metadata.len(),
+            modified: metadata.modified().ok(),
+            inode,
+        }
+    }
+}
+
+/// Files that are at hand. The registry asks for the stamp at every use and reads when it changed.
+pub trait FileSource: Send + Sync + 'static {
+    /// The present state of the file of `id`; `None` where there is none.
+    fn stamp(&self, id: &str) -> Result<Option<Stamp>, CartridgeError>;
+    /// Reads the file, with its stamp at that time. Nothing of a larger file than `max_bytes` is read.
+    fn read(&self, id: &str, max_bytes: u64) -> Result<(Cartridge, Stamp), CartridgeError>;
+    /// The ids that have a file.
+    fn list(&self) -> Vec<String>;
+}
+
+/// A place that has to be asked over the network; what it delivers is put into the local folder.
+pub trait RemoteSource: Send + Sync + 'static {
+    /// Whether asking makes sense; if not, `force_redownload` only reads the local file again.
+    fn can_fetch(&self, from: Source) -> bool;
+    /// Makes a local file of `id`, replacing an older one.
+    fn fetch(&self, id: &str, from: Source) -> Result<(), CartridgeError>;
+}
+
+/// The remote source of a build without downloads: says where to put the file by hand.
+pub(super) struct NoDownload;
+
+impl RemoteSource for NoDownload {
+    fn can_fetch(&self, _: Source) -> bool {
+        false
+    }
+
+    fn fetch(&self, id: &str, from: Source) -> Result<(), CartridgeError> {
+        let folder = folder_name(id)?;
+        Err(CartridgeError::SourceUnavailable {
+            id: id.to_owned(),
+            from,
+            reason: format!(
+                "it is not in the cartridge directory, and this build cannot download yet; put the \
+                 file there as `{folder}/cartridge.pt`"
+            ),
+        })
+    }
+}
+
+/// Name of the file that records which id a folder belongs to, where the folder's name is ambiguous.
+const ID_RECORD: &str = "cartridge.id";
+
+/// `{dir}/{folder of the id}/`, which holds `cartridge.pt` or `cartridge.safetensors`, or a training run's
+/// `cache-step{N}.pt` (the highest N counts), or just one `.pt` file.
+#[derive(Debug)]
+pub struct LocalFolder {
+    dir: PathBuf,
+}
+
+impl LocalFolder {
+    pub fn new(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    /// Records the id a folder belongs to. Another id that leads to the same folder is refused from then on.
+    ///
+    /// # Errors
+    /// [`CartridgeError::InvalidId`] or [`CartridgeError::Io`].
+    pub fn record_id(&self, id: &str) -> Result<(), CartridgeError> {
+        let path = self.dir.join(folder_name(id)?).join(ID_RECORD);
+        fs::write(path, id).map_err(|e| CartridgeError::io("record the id", &e).named(id))
+    }
+
+    /// The folder and the file of an id, both resolved and below the directory.
+    fn locate(&self, id: &str) -> Result<Option<(PathBuf, PathBuf)>, CartridgeError> {
+        let name = folder_name(id)?;
+        let resolve = |path: &Path| match path.canonicalize() {
+            Ok(path) => Ok(Some(path)),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(CartridgeError::io("look into its folder", &e)),
+        };
+        let Some(root) = resolve(&self.dir)? else {
+            return Ok(None);
+        };
+        let Some(folder) = resolve(&root.join(name))? else {
+            return Ok(None);
+        };
+        if !folder.is_dir() {
+            return Ok(None);
+        }
+        let Some(file) = choose_file(&folder)? else {
+            return Ok(None);
+        };
+        let Some(file) = resolve(&file)? else {
+            return Ok(None);
+        };
+        if !folder.starts_with(&root) || !file.starts_with(&root) {
+            return Err(CartridgeError::InvalidId {
+                id: id.to_owned(),
+                reason: "its folder or file is a link out of the cartridge directory".to_owned(),
+            });
+        }
+        check_id_record(&folder, id)?;
+        Ok(Some((folder, file)))
+    }
+}
+
+impl FileSource for LocalFolder {
+    fn stamp(&self, id: &str) -> Result<Option<Stamp>, CartridgeError> {
+        let Some((_, file)) = self.locate(id).map_err(|e| e.named(id))? else {
+            return Ok(None);
+        };
+        let failed = |e| CartridgeError::io("look at the file", &e).named(id);
+        let metadata = fs::symlink_metadata(file).map_err(failed)?;
+        Ok(Some(Stamp::from(&metadata)))
+    }
+
+    fn read(&self, id: &str, max_bytes: u64) -> Result<(Cartridge, Stamp), CartridgeError> {
+        let read = || {
+            let Some((folder, path)) = self.locate(id)? else {
+                return Err(not_found(id));
+            };
+            let (file, stamp) = open_regular(&path)?;
+            let again = file
+                .try_clone()
+                .map_err(|e| CartridgeError::io("open the file", &e))?;
+            let cartridge = read_file(file, max_bytes);
+            let after = again
+                .metadata()
+                .map_err(|e| CartridgeError::io("read the file", &e))?;
+            if Stamp::from(&after) != stamp {
+                let changed =
+                    std::io::Error::other("it changed meanwhile; replace files by rename");
+                return Err(CartridgeError::io("read the file", &changed));
+            }
+            let cartridge = cartridge?;
+            let provenance = with_config(&folder, id, &cartridge);
+            Ok((cartridge.with_provenance(provenance), stamp))
+        };
+        read().map_err(|error| error.named(id))
+    }
+
+    fn list(&self) -> Vec<String> {
+        let Ok(entries) = fs::read_dir(&self.dir) else {
+            return Vec::new();
+        };
+        let names = entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().into_string().ok());
+        let id = |name: String| {
+            let id = match read_small(&self.dir.join(&name).join(ID_RECORD), ID_BYTES) {
+                Ok(Some(id)) => id,
+                _ => name,
+            };
+            // A folder that no id leads to, or that holds no cartridge, is not listed.
+            self.stamp(&id).ok().flatten().map(|_| id)
+        };
+        let mut ids: Vec<_> = names.filter_map(id).collect();
+        ids.sort();
+        ids
+    }
+}
+
+const ID_BYTES: u64 = limits::MAX_CARTRIDGE_ID_BYTES as u64;
+
+pub(super) fn not_found(id: &str) -> CartridgeError {
+    let hint = match folder_name(id) {
+        Ok(folder) => {
+            format!("no folder `{folder}` with a cartridge file in the cartridge directory")
+        }
+        Err(error) => error.to_string(),
+    };
+    CartridgeError::NotFound {
+        id: id.to_owned(),
+        hint,
+    }
+}
+
+fn choose_file(folder: &Path) -> Result<Option<PathBuf>, CartridgeError> {
+    for name in ["cartridge.pt", "cartridge.safetensors"] {
+        let path = folder.join(name);
+        if path.symlink_metadata().is_ok() {
+            return Ok(Some(path));
+        }
+    }
+    let entries = fs::read_dir(folder).map_err(|e| CartridgeError::io("list its folder", &e))?;
+    let names = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok());
+    let mut files: Vec<String> = names.filter(|name| name.ends_with(".pt")).collect();
+    let step = |name: &String| -> Option<u64> {
+        name.strip_prefix("cache-step")?
+            .strip_suffix(".pt")?
+            .parse()
+            .ok()
+    };
+    let newest = files
+        .iter()
+        .filter(|name| step(name).is_some())
+        .max_by_key(|name| step(name));
+    let chosen = match (newest, files.len()) {
+        (Some(name), _) => Some(name.clone()),
+        (None, 0 | 1) => files.pop(),
+        (None, count) => {
+            let reason = format!("its folder has {count} .pt files; name one `cartridge.pt`");
+            return Err(CartridgeError::invalid(reason));
+        }
+    };
+    Ok(chosen.map(|name| folder.join(name)))
+}
+
+fn check_id_record(folder: &Path, id: &str) -> Result<(), CartridgeError> {
+    match read_small(&folder.join(ID_RECORD), ID_BYTES) {
+        Ok(Some(recorded)) if recorded != id => Err(CartridgeError::InvalidId {
+            id: id.to_owned(),
+            reason: format!("its folder belongs to the id `{recorded}`, which is written alike"),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Opens a file that was already resolved, and makes sure that the file opened is the one that was looked
+/// at: it must not have been swapped for a link, a pipe or a device in between.
+fn open_regular(path: &Path) -> Result<(File, Stamp), CartridgeError> {
+    let failed = |e| CartridgeError::io("open the file", &e);
+    let seen = fs::symlink_metadata(path).map_err(failed)?;
+    if !seen.is_file() {
+        return Err(CartridgeError::invalid("it is not a regular file"));
+    }
+    let mut options = fs::OpenOptions::new();
+    options.read(true);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::OpenOptionsExt;
+        // Without O_NONBLOCK, opening a pipe waits for its other end, perhaps for ever.
+        options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK | libc::O_CLOEXEC);
+    }
+    let file = options.open(path).map_err(failed)?;
+    let opened = file.metadata().map_err(failed)?;
+    let stamp = Stamp::from(&opened);
+    if !opened.is_file() || stamp.inode[..2] != Stamp::from(&seen).inode[..2] {
+        return Err(CartridgeError::invalid(
+            "its file was swapped while it was opened",
+        ));
+    }
+    Ok((file, stamp))
+}
+
+/// A small regular text file; `None` where there is none.
+fn read_small(path: &Path, limit: u64) -> Result<Option<String>, CartridgeError> {
+    use std::io::Read;
+    if path.symlink_metadata().is_err() {
+        return Ok(None);
+    }
+    let (file, stamp) = open_regular(path)?;
+    if stamp.len > limit {
+        return Err(CartridgeError::too_large("bytes", stamp.len, limit));
+    }
+    let mut text = String::new();
+    let read = file.take(limit).read_to_string(&mut text);
+    read.map_err(|e| CartridgeError::io("read the file", &e))?;
+    Ok(Some(text))
+}
+
+/// What the file says about its making, completed from `config.yaml`; trouble with that is a warning.
+fn with_config(folder: &Path, id: &str, cartridge: &Cartridge) -> Provenance {
+    let mut provenance = cartridge.provenance().clone();
+    let text = read_small(&folder.join("config.yaml"), limits::MAX_CONFIG_YAML_BYTES);
+    let config = match text.map_err(|e| format!("config.yaml is ignored: {e}")) {
+        Ok(None) => return provenance,
+        Ok(Some(text)) => read_config_yaml(&text),
+        Err(warning) => Err(warning),
+    };
+    match config {
+        Ok(config) => {
+            if let Some(claimed) = config.tokens.filter(|n| *n != cartridge.tokens() as u64) {
+                let tokens = cartridge.tokens();
+                tracing::warn!(id, tokens, claimed, "config.yaml is wrong about the tokens");
+            }
+            provenance.model = provenance.model.or(config.model);
+        }
+        Err(warning) => tracing::warn!(id, "{warning}"),
+    }
+    provenance
+}
