@@ -3,8 +3,19 @@
 //! It knows token ids, cartridges and the model; it knows neither text nor HTTP. Callers submit a
 //! [`GenerateRequest`] through an [`EngineHandle`] and read a [`TokenStream`].
 
+mod blocks;
+mod core;
+mod handle;
+mod kv_cache;
+mod logprobs;
 mod request;
+mod sampler;
+mod scheduler;
+mod sequence;
 
+pub use blocks::BLOCK_TOKENS;
+pub use core::{EngineOptions, start};
+pub use handle::{EngineHandle, EngineInfo, EngineStats, TokenStream};
 pub use request::{
     Event, FinishReason, GenerateRequest, LogprobOptions, SampledToken, SamplingParams,
 };

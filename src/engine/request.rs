@@ -23,7 +23,7 @@ pub struct SamplingParams {
     pub logit_bias: Vec<(u32, f32)>,
     /// Choice `i` of a request draws from the stream `(seed, i)`; `None` takes a random seed.
     pub seed: Option<u64>,
-    /// Tokens to generate at most, at least 1.
+    /// Tokens to generate at most; 0 only together with `LogprobOptions::prompt_top`, to score a prompt.
     pub max_tokens: usize,
     /// End tokens are not sampled before this many tokens.
     pub min_tokens: usize,
@@ -97,8 +97,8 @@ pub enum Event {
     PromptDone {
         /// Prompt tokens whose keys and values were reused instead of computed.
         cached_tokens: usize,
-        /// One entry per prompt token when `LogprobOptions::prompt_top` is set. The first token has no
-        /// prediction and is `None` unless a cartridge precedes it.
+        /// One entry per prompt token when `LogprobOptions::prompt_top` is set. Nothing predicts the
+        /// first token, so its entry is `None`.
         logprobs: Vec<Option<SampledToken>>,
     },
     Token {

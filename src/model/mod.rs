@@ -1,1 +1,18 @@
-//! One decoder for the Llama family and Qwen; knows no HTTP, no request, no training.
+//! One decoder for Llama, Mistral, Qwen2 and Qwen3, and everything needed to load it.
+//!
+//! It runs on packed, unpadded tokens and asks an [`Attend`] what to attend to; that seam is the only
+//! difference between serving and training. It knows no HTTP, no request, no training.
+
+mod config;
+mod decoder;
+mod error;
+mod gguf;
+mod load;
+mod source;
+mod weights;
+
+pub use config::{Architecture, ModelConfig};
+pub use decoder::{Attend, Decoder};
+pub use error::ModelError;
+pub use load::{LoadOptions, LoadedModel, Quantize, load};
+pub use source::ModelSource;

@@ -1,1 +1,50 @@
-//! Differentiable building blocks, each with forward and backward.
+//! Differentiable building blocks of the decoder, each with forward and backward.
+//!
+//! candle's fused `rms_norm`, `rope` and quantised product drop the gradient without an error, so the
+//! decoder uses these instead. The backward passes are written with plain tensor operations and need no
+//! second kernel per device. The model's own weights are frozen by design: no op returns their gradient.
+
+pub mod attention;
+mod linear;
+mod rms_norm;
+mod rope;
+mod swiglu;
+
+pub use linear::Linear;
+pub use rms_norm::rms_norm;
+pub use rope::{RopeScaling, RopeTable, apply_rope};
+pub use swiglu::swiglu;
+
+use candle_core::{CpuStorage, Layout, Result};
+
+/// The elements of a contiguous f32 CPU tensor; an error names the op that was given something else.
+pub(crate) fn contiguous_f32<'a>(
+    op: &'static str,
+    storage: &'a CpuStorage,
+    layout: &Layout,
+) -> Result<&'a [f32]> {
+    let data = match storage {
+        CpuStorage::F32(data) => data,
+        other => candle_core::bail!(
+            "{op}: the CPU path computes in f32, got {:?}",
+            candle_core::backend::BackendStorage::dtype(other)
+        ),
+    };
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&data[start..end]),
+        None => candle_core::bail!("{op}: needs a contiguous tensor, got {layout:?}"),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use candle_core::Tensor;
+
+    /// Panics unless both tensors have one shape and differ by at most `tolerance` anywhere.
+    pub fn assert_close(a: &Tensor, b: &Tensor, tolerance: f32) {
+        assert_eq!(a.dims(), b.dims());
+        let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let worst = flat(a).iter().zip(flat(b)).map(|(x, y)| (x - y).abs()).fold(0f32, f32::max);
+        assert!(worst <= tolerance, "largest difference {worst} exceeds {tolerance}");
+    }
+}

@@ -1,0 +1,143 @@
+//! The decoder: token ids in, hidden states out, attention delegated.
+
+use candle_core::{Result, Tensor};
+
+use super::ModelConfig;
+use crate::ops::{Linear, RopeTable, apply_rope, rms_norm, swiglu};
+
+/// What the decoder's queries attend to.
+pub trait Attend {
+    /// Attention output `[tokens, heads, head_dim]` for `layer`, given this pass's queries
+    /// `[tokens, heads, head_dim]` and keys and values `[tokens, kv_heads, head_dim]`, all after RoPE.
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
+}
+
+/// A Llama-style decoder with frozen weights.
+#[derive(Debug)]
+pub struct Decoder {
+    pub(super) config: ModelConfig,
+    pub(super) embedding: Embedding,
+    pub(super) layers: Vec<Layer>,
+    pub(super) final_norm: Tensor,
+    pub(super) head: Linear,
+    pub(super) rope: RopeTable,
+}
+
+/// The token embedding table, dense `[vocab, hidden]` or block-quantised.
+#[derive(Debug)]
+pub(super) enum Embedding {
+    Dense(Tensor),
+    Quantized(std::sync::Arc<candle_core::quantized::QTensor>),
+}
+
+#[derive(Debug)]
+pub(super) struct Layer {
+    pub(super) input_norm: Tensor,
+    pub(super) q: Linear,
+    pub(super) k: Linear,
+    pub(super) v: Linear,
+    pub(super) o: Linear,
+    pub(super) q_norm: Option<Tensor>,
+    pub(super) k_norm: Option<Tensor>,
+    pub(super) post_norm: Tensor,
+    pub(super) gate: Linear,
+    pub(super) up: Linear,
+    pub(super) down: Linear,
+}
+
+impl Decoder {
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Device all weights live on.
+    pub fn device(&self) -> &candle_core::Device {
+        self.final_norm.device()
+    }
+
+    /// Hidden states `[tokens, hidden]` of packed tokens, before the final norm.
+    ///
+    /// `positions[i]` is the rotary position of `tokens[i]`. Which token sees which is `attend`'s affair.
+    /// An id outside the vocabulary is an error.
+    pub fn forward(
+        &self,
+        tokens: &[u32],
+        positions: &[u32],
+        attend: &mut dyn Attend,
+    ) -> Result<Tensor> {
+        if let Some(id) = tokens.iter().find(|id| **id as usize >= self.config.vocab_size) {
+            candle_core::bail!("token id {id} is outside the vocabulary");
+        }
+        let (cos, sin) = self.rope.angles(positions, self.device())?;
+        let mut hidden = self.embedding.lookup(&Tensor::new(tokens, self.device())?)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            hidden = layer.forward(&self.config, index, &hidden, (&cos, &sin), attend)?;
+        }
+        Ok(hidden)
+    }
+
+    /// Logits `[rows, vocab]` of hidden states `[rows, hidden]` from [`Self::forward`].
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.head.forward(&rms_norm(hidden, &self.final_norm, self.config.rms_norm_eps)?)
+    }
+
+    /// Bytes held by all weights; a head tied to a dense embedding is counted once.
+    pub fn weight_bytes(&self) -> u64 {
+        let dense = |t: &Tensor| (t.elem_count() * t.dtype().size_in_bytes()) as u64;
+        let embedding = match &self.embedding {
+            _ if self.config.tie_word_embeddings => 0,
+            Embedding::Dense(table) => dense(table),
+            Embedding::Quantized(table) => table.storage_size_in_bytes() as u64,
+        };
+        let layers: u64 = self
+            .layers
+            .iter()
+            .flat_map(|l| [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down])
+            .map(Linear::bytes)
+            .sum();
+        embedding + layers + self.head.bytes()
+    }
+}
+
+impl Embedding {
+    fn lookup(&self, ids: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Dense(table) => table.index_select(ids, 0),
+            Self::Quantized(table) => table.embedding(ids),
+        }
+    }
+}
+
+impl Layer {
+    fn forward(
+        &self,
+        config: &ModelConfig,
+        index: usize,
+        hidden: &Tensor,
+        (cos, sin): (&Tensor, &Tensor),
+        attend: &mut dyn Attend,
+    ) -> Result<Tensor> {
+        let eps = config.rms_norm_eps;
+        let tokens = hidden.dim(0)?;
+        let x = rms_norm(hidden, &self.input_norm, eps)?;
+        let q = self.q.forward(&x)?.reshape((tokens, config.heads, config.head_dim))?;
+        let k = self.k.forward(&x)?.reshape((tokens, config.kv_heads, config.head_dim))?;
+        let v = self.v.forward(&x)?.reshape((tokens, config.kv_heads, config.head_dim))?;
+        let q = apply_rope(&normed(q, self.q_norm.as_ref(), eps)?, cos, sin)?;
+        let k = apply_rope(&normed(k, self.k_norm.as_ref(), eps)?, cos, sin)?;
+        let attention = attend.attend(index, &q, &k, &v)?;
+        let attention = attention.reshape((tokens, config.heads * config.head_dim))?;
+        let hidden = (hidden + self.o.forward(&attention)?)?;
+        let x = rms_norm(&hidden, &self.post_norm, eps)?;
+        let x = swiglu(&self.gate.forward(&x)?, &self.up.forward(&x)?)?;
+        hidden + self.down.forward(&x)?
+    }
+}
+
+/// Qwen3 normalises queries and keys per head before RoPE.
+fn normed(x: Tensor, weight: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+    match weight {
+        Some(weight) => rms_norm(&x, weight, eps),
+        None => Ok(x),
+    }
+}

@@ -1,0 +1,260 @@
+//! Where the decoder's weights come from, and how it is put together from them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+use super::decoder::{Decoder, Embedding, Layer};
+use super::{ModelConfig, ModelError, Quantize};
+use crate::ops::{Linear, RopeTable};
+
+/// Named weights, addressed as in a Hugging Face checkpoint (`model.layers.0.mlp.up_proj.weight`).
+pub(super) trait WeightReader {
+    /// A vector of `len` elements in f32, or `None` if the files have no such weight.
+    fn vector(&self, name: &str, len: usize) -> Result<Option<Tensor>, ModelError>;
+    /// A matrix `[rows, columns]`, or `None`.
+    fn matrix(&self, name: &str, shape: (usize, usize)) -> Result<Option<Matrix>, ModelError>;
+    /// Divisors of the rotary frequencies, `[head_dim / 2]`, where the file carries them.
+    fn rope_divisors(&self) -> Result<Option<Vec<f32>>, ModelError>;
+}
+
+/// A weight matrix, in the form it is computed with.
+#[derive(Clone)]
+pub(super) enum Matrix {
+    Dense(Tensor),
+    Quantized(Arc<QTensor>),
+}
+
+impl Matrix {
+    fn into_linear(self, bias: Option<Tensor>) -> Linear {
+        match self {
+            Self::Dense(weight) => Linear::dense(weight, bias),
+            Self::Quantized(weight) => Linear::quantized(weight, bias),
+        }
+    }
+
+    fn into_embedding(self) -> Embedding {
+        match self {
+            Self::Dense(table) => Embedding::Dense(table),
+            Self::Quantized(table) => Embedding::Quantized(table),
+        }
+    }
+}
+
+/// Reads every weight the configuration asks for, checks its shape, and builds the decoder.
+pub(super) fn build(
+    config: ModelConfig,
+    reader: &dyn WeightReader,
+) -> Result<Decoder, ModelError> {
+    let c = &config;
+    let missing = |name: &str| ModelError::MissingWeight { name: name.to_owned() };
+    let vector = |name: &str, len: usize| {
+        reader.vector(name, len)?.ok_or_else(|| missing(name))
+    };
+    let matrix = |name: &str, shape: (usize, usize)| {
+        reader.matrix(name, shape)?.ok_or_else(|| missing(name))
+    };
+    let linear = |name: String, (out, input): (usize, usize)| -> Result<Linear, ModelError> {
+        let bias = reader.vector(&format!("{name}.bias"), out)?;
+        Ok(matrix(&format!("{name}.weight"), (out, input))?.into_linear(bias))
+    };
+    let embedding = matrix("model.embed_tokens.weight", (c.vocab_size, c.hidden_size))?;
+    let head = match reader.matrix("lm_head.weight", (c.vocab_size, c.hidden_size))? {
+        Some(head) if !c.tie_word_embeddings => head,
+        _ if c.tie_word_embeddings => embedding.clone(),
+        _ => return Err(missing("lm_head.weight")),
+    };
+    let (q_width, kv_width) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+    let layers = (0..c.layers)
+        .map(|i| {
+            let p = format!("model.layers.{i}");
+            let qk_norm = |name: &str| match c.qk_norm {
+                true => vector(&format!("{p}.self_attn.{name}.weight"), c.head_dim).map(Some),
+                false => Ok(None),
+            };
+            Ok(Layer {
+                input_norm: vector(&format!("{p}.input_layernorm.weight"), c.hidden_size)?,
+                q: linear(format!("{p}.self_attn.q_proj"), (q_width, c.hidden_size))?,
+                k: linear(format!("{p}.self_attn.k_proj"), (kv_width, c.hidden_size))?,
+                v: linear(format!("{p}.self_attn.v_proj"), (kv_width, c.hidden_size))?,
+                o: linear(format!("{p}.self_attn.o_proj"), (c.hidden_size, q_width))?,
+                q_norm: qk_norm("q_norm")?,
+                k_norm: qk_norm("k_norm")?,
+                post_norm: vector(&format!("{p}.post_attention_layernorm.weight"), c.hidden_size)?,
+                gate: linear(format!("{p}.mlp.gate_proj"), (c.intermediate_size, c.hidden_size))?,
+                up: linear(format!("{p}.mlp.up_proj"), (c.intermediate_size, c.hidden_size))?,
+                down: linear(format!("{p}.mlp.down_proj"), (c.hidden_size, c.intermediate_size))?,
+            })
+        })
+        .collect::<Result<Vec<_>, ModelError>>()?;
+    let mut rope = RopeTable::new(c.head_dim, c.rope_theta, c.rope_scaling);
+    if let Some(divisors) = reader.rope_divisors()? {
+        rope.divide(&divisors);
+    }
+    Ok(Decoder {
+        embedding: embedding.into_embedding(),
+        layers,
+        final_norm: vector("model.norm.weight", c.hidden_size)?,
+        head: head.into_linear(None),
+        rope,
+        config,
+    })
+}
+
+/// The bytes of one safetensors file: mapped from disk, or built in.
+pub(super) enum FileBytes {
+    Mapped(memmap2::Mmap),
+    Static(&'static [u8]),
+}
+
+impl std::ops::Deref for FileBytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Static(bytes) => bytes,
+        }
+    }
+}
+
+/// Weights of one or several safetensors files, converted to f32 and optionally quantised as they are read.
+pub(super) struct SafetensorsReader<'a> {
+    /// Name to (tensor, the file it lies in).
+    tensors: HashMap<String, (TensorView<'a>, &'a FileBytes)>,
+    quantize: Option<Quantize>,
+}
+
+impl<'a> SafetensorsReader<'a> {
+    /// `files` are (name for messages, bytes).
+    pub fn new(
+        files: &'a [(String, FileBytes)],
+        quantize: Option<Quantize>,
+    ) -> Result<Self, ModelError> {
+        let mut tensors = HashMap::new();
+        for (name, bytes) in files {
+            let parsed = SafeTensors::deserialize(bytes).map_err(|e| ModelError::Invalid {
+                file: name.clone(),
+                reason: format!("not a whole safetensors file: {e}"),
+            })?;
+            for (tensor, view) in parsed.tensors() {
+                tensors.insert(tensor, (view, bytes));
+            }
+        }
+        Ok(Self { tensors, quantize })
+    }
+
+    fn f32(&self, name: &str, shape: &[usize]) -> Result<Option<Tensor>, ModelError> {
+        let Some((view, file)) = self.tensors.get(name) else { return Ok(None) };
+        if view.shape() != shape {
+            return Err(ModelError::WeightShape {
+                name: name.to_owned(),
+                got: view.shape().to_vec(),
+                want: shape.to_vec(),
+            });
+        }
+        let values = to_f32(view).ok_or_else(|| ModelError::Unsupported {
+            file: name.to_owned(),
+            what: format!("weight type {:?}", view.dtype()),
+            hint: "weights must be F32, F16 or BF16".to_owned(),
+        })?;
+        release(file, view.data());
+        Ok(Some(Tensor::from_vec(values, shape, &Device::Cpu)?))
+    }
+}
+
+impl WeightReader for SafetensorsReader<'_> {
+    fn vector(&self, name: &str, len: usize) -> Result<Option<Tensor>, ModelError> {
+        self.f32(name, &[len])
+    }
+
+    fn matrix(
+        &self,
+        name: &str,
+        (rows, columns): (usize, usize),
+    ) -> Result<Option<Matrix>, ModelError> {
+        let Some(dense) = self.f32(name, &[rows, columns])? else { return Ok(None) };
+        let Some(quantize) = self.quantize else { return Ok(Some(Matrix::Dense(dense))) };
+        let dtype = quantize.block_type(columns).ok_or_else(|| ModelError::Unsupported {
+            file: name.to_owned(),
+            what: format!("quantising rows of {columns} weights"),
+            hint: "the width must be a multiple of 32; run without --quantize".to_owned(),
+        })?;
+        Ok(Some(Matrix::Quantized(Arc::new(quantize_rows(&dense, dtype)?))))
+    }
+
+    fn rope_divisors(&self) -> Result<Option<Vec<f32>>, ModelError> {
+        Ok(None)
+    }
+}
+
+/// Quantises groups of rows in parallel; blocks never cross rows, so the result is that of one pass.
+fn quantize_rows(dense: &Tensor, dtype: GgmlDType) -> Result<QTensor, ModelError> {
+    let (rows, _) = dense.dims2()?;
+    let step = rows.div_ceil(rayon::current_num_threads() * 4).max(1);
+    let parts: Vec<Vec<u8>> = (0..rows)
+        .into_par_iter()
+        .step_by(step)
+        .map(|start| {
+            let part = dense.narrow(0, start, step.min(rows - start))?;
+            Ok(QTensor::quantize(&part, dtype)?.data()?.into_owned())
+        })
+        .collect::<candle_core::Result<_>>()?;
+    super::gguf::qtensor(parts.concat(), dense.dims(), dtype)
+}
+
+/// `None` for a type that is not a float of 16 or 32 bits.
+fn to_f32(view: &TensorView<'_>) -> Option<Vec<f32>> {
+    /// Elements per parallel task.
+    const GRAIN: usize = 1 << 18;
+    let bytes = view.data();
+    let width = match view.dtype() {
+        Dtype::F32 => 4,
+        Dtype::F16 | Dtype::BF16 => 2,
+        _ => return None,
+    };
+    let mut out = vec![0f32; bytes.len() / width];
+    out.par_chunks_mut(GRAIN).zip(bytes.par_chunks(GRAIN * width)).for_each(|(out, bytes)| {
+        match view.dtype() {
+            Dtype::F32 => {
+                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                    *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                }
+            }
+            Dtype::BF16 => {
+                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *o = f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
+                }
+            }
+            _ => match bytemuck::try_cast_slice::<u8, half::f16>(bytes) {
+                Ok(halves) => halves.convert_to_f32_slice(out),
+                // The header's length is free, so the data may lie at an odd address.
+                Err(_) => {
+                    for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                        *o = half::f16::from_le_bytes([b[0], b[1]]).to_f32();
+                    }
+                }
+            },
+        }
+    });
+    Some(out)
+}
+
+/// Gives the pages of converted file data back, so that a model never counts twice in memory.
+fn release(file: &FileBytes, data: &[u8]) {
+    #[cfg(unix)]
+    if let FileBytes::Mapped(map) = file {
+        let offset = data.as_ptr() as usize - map.as_ptr() as usize;
+        // SAFETY: a read-only map of a file: dropped pages are read again if they are touched again.
+        // A refusal by the system only costs memory.
+        let _ = unsafe {
+            map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, data.len())
+        };
+    }
+    #[cfg(not(unix))]
+    let _ = (file, data);
+}

@@ -1,0 +1,100 @@
+//! Linear layers over frozen weights, dense or block-quantised.
+
+use std::sync::Arc;
+
+use candle_core::quantized::QTensor;
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor};
+
+/// `y = x · weightᵀ + bias` with a frozen weight of shape `[out, in]`.
+#[derive(Debug, Clone)]
+pub struct Linear {
+    weight: Weight,
+    bias: Option<Tensor>,
+}
+
+#[derive(Debug, Clone)]
+enum Weight {
+    Dense(Tensor),
+    Quantized(Arc<QTensor>),
+}
+
+impl Linear {
+    /// `weight` `[out, in]`, `bias` `[out]`.
+    pub fn dense(weight: Tensor, bias: Option<Tensor>) -> Self {
+        Self { weight: Weight::Dense(weight), bias }
+    }
+
+    /// `weight` `[out, in]` in any GGML block format candle multiplies, `bias` `[out]`.
+    pub fn quantized(weight: Arc<QTensor>, bias: Option<Tensor>) -> Self {
+        Self { weight: Weight::Quantized(weight), bias }
+    }
+
+    /// `x` `[tokens, in]` to `[tokens, out]`. The gradient passes to `x`, through quantised weights too.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = match &self.weight {
+            Weight::Dense(weight) => x.matmul(&weight.t()?)?,
+            Weight::Quantized(weight) => {
+                x.contiguous()?.apply_op1(QuantizedProduct(weight.clone()))?
+            }
+        };
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+
+    /// Bytes held by the weight and the bias.
+    pub fn bytes(&self) -> u64 {
+        let tensor_bytes = |t: &Tensor| (t.elem_count() * t.dtype().size_in_bytes()) as u64;
+        let weight = match &self.weight {
+            Weight::Dense(weight) => tensor_bytes(weight),
+            Weight::Quantized(weight) => weight.storage_size_in_bytes() as u64,
+        };
+        weight + self.bias.as_ref().map_or(0, tensor_bytes)
+    }
+}
+
+/// candle's quantised product, given the backward it lacks.
+struct QuantizedProduct(Arc<QTensor>);
+
+impl CustomOp1 for QuantizedProduct {
+    fn name(&self) -> &'static str {
+        "quantized_product"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.0.cpu_fwd(storage, layout)
+    }
+
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.0.cuda_fwd(storage, layout)
+    }
+
+    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        // Dequantised for the length of this product only: the frozen weight stays in its blocks.
+        Ok(Some(grad.contiguous()?.matmul(&self.0.dequantize(x.device())?)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::quantized::GgmlDType;
+    use candle_core::{Device, Var};
+
+    #[test]
+    fn gradient_passes_through_quantised_weights() -> Result<()> {
+        let dev = Device::Cpu;
+        let quantized = Arc::new(QTensor::quantize(
+            &Tensor::randn(0f32, 1f32, (24, 64), &dev)?,
+            GgmlDType::Q8_0,
+        )?);
+        let dense = Linear::dense(quantized.dequantize(&dev)?, None);
+        let x = Var::from_tensor(&Tensor::randn(0f32, 1f32, (5, 64), &dev)?)?;
+        let up = Tensor::randn(0f32, 1f32, (5, 24), &dev)?;
+        let loss = |l: &Linear| (l.forward(&x)? * &up)?.sum_all()?.backward();
+        let (ours, theirs) = (loss(&Linear::quantized(quantized, None))?, loss(&dense)?);
+        crate::ops::tests::assert_close(ours.get(&x).unwrap(), theirs.get(&x).unwrap(), 1e-4);
+        Ok(())
+    }
+}

@@ -1,0 +1,82 @@
+//! The gated activation of Llama-style feed-forward layers.
+
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::contiguous_f32;
+
+/// Elements per parallel task: below this the work is cheaper than handing it over.
+const GRAIN: usize = 8192;
+
+/// `silu(gate) * up`, element by element; both of the same shape.
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu)
+}
+
+struct SwiGlu;
+
+impl CustomOp2 for SwiGlu {
+    fn name(&self) -> &'static str {
+        "swiglu"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let gate = contiguous_f32(self.name(), s1, l1)?;
+        let up = contiguous_f32(self.name(), s2, l2)?;
+        if l1.dims() != l2.dims() {
+            candle_core::bail!("swiglu: shapes differ, {:?} and {:?}", l1.dims(), l2.dims());
+        }
+        let mut out = vec![0f32; gate.len()];
+        out.par_chunks_mut(GRAIN).zip(gate.par_chunks(GRAIN)).zip(up.par_chunks(GRAIN)).for_each(
+            |((out, gate), up)| {
+                for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
+                    *o = g / (1.0 + (-g).exp()) * u;
+                }
+            },
+        );
+        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        gate: &Tensor,
+        up: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        // With s = sigmoid(gate):  d up = grad·gate·s,  d gate = grad·up·s·(1 + gate·(1 − s))
+        let s = ((gate.neg()?.exp()? + 1.0)?).recip()?;
+        let d_up = ((grad * gate)? * &s)?;
+        let slope = (&s * ((gate * (1.0 - &s)?)? + 1.0)?)?;
+        let d_gate = ((grad * up)? * slope)?;
+        Ok((Some(d_gate), Some(d_up)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Var};
+
+    #[test]
+    fn value_and_gradients_match_candles_silu() -> Result<()> {
+        let dev = Device::Cpu;
+        let gate = Var::from_tensor(&Tensor::randn(0f32, 2f32, (7, 33), &dev)?)?;
+        let up = Var::from_tensor(&Tensor::randn(0f32, 2f32, (7, 33), &dev)?)?;
+        let ours = swiglu(&gate, &up)?;
+        let theirs = (gate.silu()? * up.as_tensor())?;
+        let g1 = ours.sqr()?.sum_all()?.backward()?;
+        let g2 = theirs.sqr()?.sum_all()?.backward()?;
+        crate::ops::tests::assert_close(&ours, &theirs, 1e-5);
+        for var in [&gate, &up] {
+            crate::ops::tests::assert_close(g1.get(var).unwrap(), g2.get(var).unwrap(), 1e-3);
+        }
+        Ok(())
+    }
+}
