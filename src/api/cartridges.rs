@@ -58,9 +58,9 @@ pub fn collect(
     let named = if blocks.is_empty() { list } else { blocks };
     let mut all: Vec<CartridgeRef> = Vec::new();
     for reference in suffix.into_iter().chain(named) {
-        let seen = all.iter_mut().find(|r| r.id == reference.id && r.source == reference.source);
-        match seen {
-            Some(seen) => seen.force_redownload |= reference.force_redownload,
+        let same = |r: &CartridgeRef| r.id == reference.id && r.source == reference.source;
+        match all.iter().position(same) {
+            Some(seen) => all[seen].force_redownload |= reference.force_redownload,
             None if all.len() == limits::MAX_CARTRIDGES_PER_REQUEST => {
                 let limit = limits::MAX_CARTRIDGES_PER_REQUEST;
                 let message = format!("a request attaches at most {limit} cartridges");
@@ -109,24 +109,16 @@ pub fn header(used: &[CartridgeUsed]) -> Option<HeaderValue> {
 
 /// `GET /v1/cartridges`.
 pub async fn list(State(state): State<Arc<AppState>>) -> Json<Value> {
-    let data: Vec<Value> = state
-        .registry
-        .list()
-        .into_iter()
-        .map(|c| {
-            json!({
-                "id": c.id,
-                "object": "cartridge",
-                "source": c.source,
-                "generation": c.generation.to_hex(),
-                "tokens": c.tokens,
-                "frozen_tokens": c.frozen,
-                "bytes": c.bytes,
-                "leases": c.leases,
-                "resident": c.resident,
-            })
-        })
-        .collect();
+    let entry = |info| {
+        let mut entry = json!({"object": "cartridge"});
+        if let (Value::Object(entry), Ok(Value::Object(info))) =
+            (&mut entry, serde_json::to_value(info))
+        {
+            entry.extend(info);
+        }
+        entry
+    };
+    let data: Vec<Value> = state.registry.list().into_iter().map(entry).collect();
     Json(json!({"object": "list", "data": data}))
 }
 

@@ -116,8 +116,10 @@ impl Prepared {
         text_goes_on: bool,
     ) -> Result<Updates, ApiError> {
         let s = &self.settings;
-        let limit = state.engine.info().max_context;
+        let info = state.engine.info();
         let cartridge: usize = self.leases.iter().map(|l| l.tokens()).sum();
+        // Cartridges take positions but no room of the KV cache.
+        let limit = info.max_context.min(info.kv_tokens + cartridge);
         let lengths = self.prompt_lengths();
         let budgets = lengths
             .iter()
