@@ -50,6 +50,11 @@ pub const MAX_CARTRIDGE_TOKENS: usize = 1 << 22;
 pub const MAX_CONFIG_YAML_BYTES: u64 = 1 << 20;
 /// Bytes of resident cartridges kept by the registry, unless configured.
 pub const DEFAULT_CARTRIDGE_BUDGET_BYTES: u64 = 2 << 30;
+/// Choices of one request over all of its prompts (`n` times prompts); more is a 400 that names `n`.
+pub const MAX_CHOICES_PER_REQUEST: usize = 1024;
+/// Log-probabilities one request may ask for (tokens times alternatives, over all choices and prompts);
+/// more is a 400 that says which fields to lower.
+pub const MAX_LOGPROBS_PER_REQUEST: usize = 1 << 25;
 /// Bytes of a safetensors header of a cartridge; a longer one is no cartridge.
 pub const MAX_SAFETENSORS_HEADER_BYTES: u64 = 4 << 20;
 /// Cartridge files read at the same time; further loads wait.

@@ -1,0 +1,271 @@
+//! `POST /v1/chat/completions`, and the same under the cartridge prefixes.
+
+use std::{sync::Arc, time::Instant};
+
+use axum::{
+    Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
+
+use super::{
+    AppState, cartridge_blocks, cartridges,
+    error::ApiError,
+    extract::Body,
+    generate::{Finish, Update},
+    logprobs::TokenWriter,
+    openai::{
+        fields::{ChatFields, RequestBody},
+        params::{Settings, chat_logprobs},
+        prompt::ChatPrompt,
+        reply::{AssistantMessage, ChatChoice, ChatChunkChoice, ChatLogprobs, Delta, Reply},
+    },
+    request::{self, Notes, Prepared, with_headers},
+    stream,
+    tally::Tally,
+    updates::Updates,
+};
+use crate::engine::SampledToken;
+
+/// Answers a chat completion, whole or as a stream.
+pub async fn completions(
+    State(state): State<Arc<AppState>>,
+    Body(body): Body,
+) -> Result<Response, ApiError> {
+    let prepared = prepare(&state, RequestBody::parse(&body)?).await?;
+    let updates = prepared.submit(&state, state.options.default_max_tokens, false)?;
+    let headers = prepared.headers();
+    let reply = ChatReply::new(&state, prepared);
+    let response = if reply.settings.stream {
+        stream::respond(updates, reply)
+    } else {
+        reply.collect(updates).await?
+    };
+    Ok(with_headers(response, headers))
+}
+
+async fn prepare(
+    state: &AppState,
+    body: RequestBody<ChatFields>,
+) -> Result<Prepared, ApiError> {
+    let started = Instant::now();
+    let RequestBody { own, common, ignored } = body;
+    let mut notes = Notes { ignored, warnings: Vec::new() };
+    let bounds = request::bounds(state);
+    let logprobs = chat_logprobs(own.logprobs, own.top_logprobs, bounds)?;
+    let settings = Settings::new(&common, logprobs, false, bounds)?;
+    let suffix = request::resolve_model(state, common.model.as_deref(), &mut notes.warnings)?;
+
+    let mut prompt = ChatPrompt::new(own)?;
+    let blocks = cartridge_blocks::take(&mut prompt.messages)?;
+    let list = common.cartridges.unwrap_or_default();
+    if !blocks.is_empty() && !list.is_empty() {
+        notes.warnings.push("<cartridge> blocks replace the cartridges list".to_owned());
+    }
+    let references =
+        cartridges::collect(suffix, blocks, list, state.options.sort_cartridges)?;
+    let has_cartridges = !references.is_empty();
+    let add_special = settings.add_special_tokens.unwrap_or(false);
+    let (leases, (prompt, unused)) =
+        request::lease_and_tokenise(state, &references, move |model| {
+            let mut unused = Vec::new();
+            let prompt = prompt.tokenise(model, has_cartridges, add_special, &mut unused)?;
+            Ok((prompt, unused))
+        })
+        .await?;
+    notes.ignored.extend(unused);
+    Ok(Prepared {
+        model_name: common.model.unwrap_or_else(|| state.model.name.clone()),
+        settings,
+        prompts: vec![prompt],
+        leases,
+        notes,
+        started,
+    })
+}
+
+/// Builds the reply, whole or in chunks.
+struct ChatReply {
+    id: String,
+    created: u64,
+    model: String,
+    settings: Settings,
+    prompt_ids: Vec<u32>,
+    tally: Tally,
+    writer: TokenWriter,
+}
+
+#[derive(Default)]
+struct Choice {
+    text: String,
+    tokens: Vec<SampledToken>,
+    finish: Option<Finish>,
+}
+
+impl ChatReply {
+    fn new(state: &AppState, prepared: Prepared) -> Self {
+        Self {
+            id: format!("chatcmpl-{}", uuid::Uuid::new_v4()),
+            created: request::now(),
+            tally: prepared.tally(),
+            writer: prepared.token_writer(state),
+            model: prepared.model_name,
+            prompt_ids: prepared.prompts.into_iter().next().map(|p| p.ids).unwrap_or_default(),
+            settings: prepared.settings,
+        }
+    }
+
+    async fn collect(mut self, mut updates: Updates) -> Result<Response, ApiError> {
+        let shown = self.shows_logprobs();
+        let mut choices: Vec<Choice> = Vec::new();
+        choices.resize_with(self.settings.n, Choice::default);
+        let mut prompt_logprobs = None;
+        while let Some((prompt, update)) = updates.next().await {
+            let update = update?;
+            self.tally.observe(prompt, &update);
+            match update {
+                Update::Prompt { logprobs, .. } => {
+                    let wanted = self.settings.logprobs.prompt;
+                    prompt_logprobs = wanted.map(|k| self.writer.prompt(&logprobs, k));
+                }
+                Update::Delta { choice, text, token, finish } => {
+                    let Some(choice) = choices.get_mut(choice) else { continue };
+                    choice.text.push_str(&text);
+                    choice.tokens.extend(token.filter(|_| shown).map(|(token, _)| token));
+                    choice.finish = finish.or(choice.finish.take());
+                }
+            }
+        }
+        let choices = choices
+            .into_iter()
+            .enumerate()
+            .map(|(index, choice)| {
+                let finish = choice.finish.ok_or_else(|| {
+                    ApiError::internal("the engine ended the request before it was complete")
+                })?;
+                Ok(ChatChoice {
+                    index,
+                    message: AssistantMessage::new(choice.text),
+                    logprobs: shown.then(|| self.writer.chat(&choice.tokens)),
+                    finish_reason: finish.reason,
+                    stop_reason: Some(finish.stop).filter(|stop| !stop.is_null()),
+                    token_ids: self.token_ids(|| self.tally.fingerprint.ids(index).to_vec()),
+                })
+            })
+            .collect::<Result<Vec<_>, ApiError>>()?;
+        let reply = Reply {
+            usage: Some(self.tally.usage()),
+            system_fingerprint: Some(self.tally.fingerprint.to_json()),
+            prompt_logprobs,
+            prompt_token_ids: self.settings.return_token_ids.then_some(&self.prompt_ids[..]),
+            cartridges: &self.tally.cartridges,
+            ..self.envelope("chat.completion", choices)
+        };
+        Ok(Json(reply).into_response())
+    }
+
+    fn shows_logprobs(&self) -> bool {
+        self.settings.logprobs.show && !self.settings.logprobs.in_fingerprint
+    }
+
+    fn token_ids(&self, ids: impl FnOnce() -> Vec<u32>) -> Option<Vec<u32>> {
+        self.settings.return_token_ids.then(ids)
+    }
+
+    fn envelope<C>(&self, object: &'static str, choices: Vec<C>) -> Reply<'_, C> {
+        Reply {
+            id: &self.id,
+            object,
+            created: self.created,
+            model: &self.model,
+            choices,
+            usage: None,
+            system_fingerprint: None,
+            service_tier: None,
+            prompt_logprobs: None,
+            prompt_token_ids: None,
+            cartridges: &[],
+        }
+    }
+
+    fn chunk(&self, choice: ChatChunkChoice) -> Reply<'_, ChatChunkChoice> {
+        self.envelope("chat.completion.chunk", vec![choice])
+    }
+}
+
+impl stream::Encoder for ChatReply {
+    fn update(&mut self, prompt: usize, update: Update, chunks: &mut Vec<String>) {
+        self.tally.observe(prompt, &update);
+        match update {
+            Update::Prompt { .. } => {
+                for index in 0..self.settings.n {
+                    let delta = Delta { role: Some("assistant"), content: Some(String::new()) };
+                    let ids = (self.settings.return_token_ids && index == 0)
+                        .then_some(&self.prompt_ids[..]);
+                    let reply = Reply {
+                        prompt_token_ids: ids,
+                        cartridges: &self.tally.cartridges,
+                        ..self.chunk(empty_choice(index, delta))
+                    };
+                    chunks.extend(serde_json::to_string(&reply));
+                }
+            }
+            Update::Delta { choice: index, text, token, finish } => {
+                let token = token.map(|(token, _)| token);
+                let wants_token = self.shows_logprobs() || self.settings.return_token_ids;
+                if !text.is_empty() || (wants_token && token.is_some()) {
+                    let delta = Delta { role: None, content: Some(text) };
+                    let tokens = token.as_slice();
+                    let choice = ChatChunkChoice {
+                        logprobs: self.chunk_logprobs(tokens),
+                        token_ids: self.token_ids(|| tokens.iter().map(|t| t.id).collect()),
+                        ..empty_choice(index, delta)
+                    };
+                    chunks.extend(serde_json::to_string(&self.chunk(choice)));
+                }
+                if let Some(finish) = finish {
+                    let last = self.tally.is_complete();
+                    let choice = ChatChunkChoice {
+                        finish_reason: Some(finish.reason),
+                        stop_reason: Some(finish.stop).filter(|stop| !stop.is_null()),
+                        ..empty_choice(index, Delta::default())
+                    };
+                    let reply = Reply {
+                        system_fingerprint: last.then(|| self.tally.fingerprint.to_json()),
+                        ..self.chunk(choice)
+                    };
+                    chunks.extend(serde_json::to_string(&reply));
+                }
+            }
+        }
+    }
+
+    fn finish(&mut self, chunks: &mut Vec<String>) {
+        if self.settings.include_usage {
+            let reply = Reply::<ChatChunkChoice> {
+                usage: Some(self.tally.usage()),
+                system_fingerprint: Some(self.tally.fingerprint.to_json()),
+                cartridges: &self.tally.cartridges,
+                ..self.envelope("chat.completion.chunk", Vec::new())
+            };
+            chunks.extend(serde_json::to_string(&reply));
+        }
+    }
+}
+
+impl ChatReply {
+    fn chunk_logprobs(&self, tokens: &[SampledToken]) -> Option<ChatLogprobs> {
+        (self.shows_logprobs() && !tokens.is_empty()).then(|| self.writer.chat(tokens))
+    }
+}
+
+fn empty_choice(index: usize, delta: Delta) -> ChatChunkChoice {
+    ChatChunkChoice {
+        index,
+        delta,
+        logprobs: None,
+        finish_reason: None,
+        stop_reason: None,
+        token_ids: None,
+    }
+}

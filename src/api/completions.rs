@@ -1,0 +1,350 @@
+//! `POST /v1/completions`, and the same under the cartridge prefixes. Several prompts may come in one
+//! request; the choices of the first come first.
+
+use std::{sync::Arc, time::Instant};
+
+use axum::{
+    Json,
+    extract::State,
+    response::{IntoResponse, Response},
+};
+
+use super::{
+    AppState, cartridges,
+    error::ApiError,
+    extract::Body,
+    generate::{Finish, Update},
+    logprobs::TokenWriter,
+    openai::{
+        fields::{CompletionFields, RequestBody},
+        params::{Settings, completion_logprobs},
+        prompt::{Input, Prompt, completion_inputs, encode},
+        reply::{Reply, TextChoice, TextLogprobs},
+    },
+    request::{self, Notes, Prepared, with_headers},
+    stream,
+    tally::Tally,
+    updates::Updates,
+};
+use crate::{engine::SampledToken, text::Detokenizer};
+
+/// Tokens generated when a text completion sets no limit (OpenAI's number).
+const DEFAULT_MAX_TOKENS: usize = 16;
+
+/// Answers a text completion, whole or as a stream.
+pub async fn completions(
+    State(state): State<Arc<AppState>>,
+    Body(body): Body,
+) -> Result<Response, ApiError> {
+    let body = RequestBody::<CompletionFields>::parse(&body)?;
+    let echo = body.own.echo.unwrap_or(false);
+    let prepared = prepare(&state, body, echo).await?;
+    let updates = prepared.submit(&state, Some(DEFAULT_MAX_TOKENS), true)?;
+    let headers = prepared.headers();
+    let reply = TextReply::new(&state, prepared, echo);
+    let response = if reply.settings.stream {
+        stream::respond(updates, reply)
+    } else {
+        reply.collect(updates).await?
+    };
+    Ok(with_headers(response, headers))
+}
+
+async fn prepare(
+    state: &AppState,
+    body: RequestBody<CompletionFields>,
+    echo: bool,
+) -> Result<Prepared, ApiError> {
+    let started = Instant::now();
+    let RequestBody { own, common, ignored } = body;
+    let mut notes = Notes { ignored, warnings: Vec::new() };
+    let bounds = request::bounds(state);
+    let logprobs = completion_logprobs(own.logprobs, echo, bounds)?;
+    let settings = Settings::new(&common, logprobs, echo, bounds)?;
+    let suffix = request::resolve_model(state, common.model.as_deref(), &mut notes.warnings)?;
+    let inputs = completion_inputs(own.prompt, bounds.vocab_size)?;
+    let references = cartridges::collect(
+        suffix,
+        Vec::new(),
+        common.cartridges.unwrap_or_default(),
+        state.options.sort_cartridges,
+    )?;
+    // A cartridge begins with the BOS it was trained with; a second one would be a second sink.
+    let add_special = settings.add_special_tokens.unwrap_or(references.is_empty());
+    let (leases, prompts) = request::lease_and_tokenise(state, &references, move |model| {
+        inputs
+            .into_iter()
+            .map(|input| match input {
+                Input::Text(text) => encode(model, text, add_special, "prompt"),
+                Input::Ids(ids) => Ok(Prompt { ids, text: None }),
+            })
+            .collect::<Result<Vec<_>, _>>()
+    })
+    .await?;
+    Ok(Prepared {
+        model_name: common.model.unwrap_or_else(|| state.model.name.clone()),
+        settings,
+        prompts,
+        leases,
+        notes,
+        started,
+    })
+}
+
+/// What `echo` puts in front of the choices of one prompt.
+#[derive(Default)]
+struct Echo {
+    text: String,
+    chars: usize,
+    logprobs: TextLogprobs,
+}
+
+/// Builds the reply, whole or in chunks.
+struct TextReply {
+    id: String,
+    created: u64,
+    model: String,
+    settings: Settings,
+    prompts: Vec<Prompt>,
+    /// Per prompt; the text is there from the start, the log-probabilities once the prompt is done.
+    echoes: Vec<Echo>,
+    echo: bool,
+    tally: Tally,
+    writer: TokenWriter,
+}
+
+#[derive(Default)]
+struct Choice {
+    text: String,
+    tokens: Vec<(SampledToken, usize)>,
+    finish: Option<Finish>,
+}
+
+impl TextReply {
+    fn new(state: &AppState, prepared: Prepared, echo: bool) -> Self {
+        let writer = prepared.token_writer(state);
+        let tally = prepared.tally();
+        let Prepared { model_name, settings, prompts, .. } = prepared;
+        let echoes = prompts
+            .iter()
+            .map(|prompt| {
+                if !echo {
+                    return Echo::default();
+                }
+                let text = prompt.text.clone().unwrap_or_else(|| {
+                    let mut detokenizer =
+                        Detokenizer::new(&writer.tokenizer, settings.skip_special_tokens);
+                    let text: String = prompt.ids.iter().map(|&id| detokenizer.push(id)).collect();
+                    // A char that the prompt leaves incomplete is shown with the completion.
+                    text
+                });
+                Echo { chars: text.chars().count(), text, logprobs: TextLogprobs::default() }
+            })
+            .collect();
+        Self {
+            id: format!("cmpl-{}", uuid::Uuid::new_v4()),
+            created: request::now(),
+            model: model_name,
+            settings,
+            prompts,
+            echoes,
+            echo,
+            tally,
+            writer,
+        }
+    }
+
+    async fn collect(mut self, mut updates: Updates) -> Result<Response, ApiError> {
+        let n = self.settings.n;
+        let mut choices: Vec<Choice> = Vec::new();
+        choices.resize_with(self.prompts.len() * n, Choice::default);
+        let mut prompt_logprobs = vec![None; self.prompts.len()];
+        while let Some((prompt, update)) = updates.next().await {
+            let update = update?;
+            self.tally.observe(prompt, &update);
+            match update {
+                Update::Prompt { logprobs, .. } => {
+                    let wanted = self.settings.logprobs.prompt;
+                    prompt_logprobs[prompt] = wanted.map(|k| self.writer.prompt(&logprobs, k));
+                    self.echo_logprobs(prompt, &logprobs);
+                }
+                Update::Delta { choice, text, token, finish } => {
+                    let Some(choice) = choices.get_mut(prompt * n + choice) else { continue };
+                    choice.text.push_str(&text);
+                    choice.tokens.extend(token.filter(|_| self.settings.logprobs.show));
+                    choice.finish = finish.or(choice.finish.take());
+                }
+            }
+        }
+        let choices = choices
+            .into_iter()
+            .enumerate()
+            .map(|(index, choice)| {
+                let prompt = index / n;
+                let finish = choice.finish.ok_or_else(|| {
+                    ApiError::internal("the engine ended the request before it was complete")
+                })?;
+                let mut lists = self.echoed_lists(prompt);
+                self.push_tokens(&mut lists, prompt, &choice.tokens);
+                let ids = self.settings.return_token_ids;
+                Ok(TextChoice {
+                    index,
+                    text: format!("{}{}", self.echoes[prompt].text, choice.text),
+                    logprobs: self.shows_logprobs().then_some(lists),
+                    finish_reason: Some(finish.reason),
+                    stop_reason: Some(finish.stop).filter(|stop| !stop.is_null()),
+                    prompt_logprobs: prompt_logprobs[prompt].clone(),
+                    prompt_token_ids: ids.then(|| self.prompts[prompt].ids.clone()),
+                    token_ids: ids.then(|| self.tally.fingerprint.ids(index).to_vec()),
+                })
+            })
+            .collect::<Result<Vec<_>, ApiError>>()?;
+        let reply = Reply {
+            usage: Some(self.tally.usage()),
+            system_fingerprint: Some(self.tally.fingerprint.to_json()),
+            cartridges: &self.tally.cartridges,
+            ..self.envelope(choices)
+        };
+        Ok(Json(reply).into_response())
+    }
+
+    fn shows_logprobs(&self) -> bool {
+        self.settings.logprobs.show && !self.settings.logprobs.in_fingerprint
+    }
+
+    /// Keeps the prompt's log-probabilities for the choices that show them.
+    fn echo_logprobs(&mut self, prompt: usize, positions: &[Option<SampledToken>]) {
+        if !(self.echo && self.shows_logprobs()) {
+            return;
+        }
+        let echo = &mut self.echoes[prompt];
+        let mut detokenizer =
+            Detokenizer::new(&self.writer.tokenizer, self.settings.skip_special_tokens);
+        let (mut offset, top) = (0, self.settings.logprobs.top);
+        for (&id, position) in self.prompts[prompt].ids.iter().zip(positions) {
+            // `prompt_logprobs` may have asked for more alternatives than `logprobs`.
+            let position = position.clone().map(|mut t| {
+                t.top.truncate(top);
+                t
+            });
+            // The client's text may be shorter than its decoding where the tokenizer normalises.
+            let at = offset.min(echo.chars);
+            self.writer.push_text(&mut echo.logprobs, id, position.as_ref(), top > 0, at);
+            offset += detokenizer.push(id).chars().count();
+        }
+    }
+
+    fn echoed_lists(&self, prompt: usize) -> TextLogprobs {
+        let lists = &self.echoes[prompt].logprobs;
+        TextLogprobs {
+            tokens: lists.tokens.clone(),
+            token_logprobs: lists.token_logprobs.clone(),
+            top_logprobs: lists.top_logprobs.clone(),
+            text_offset: lists.text_offset.clone(),
+        }
+    }
+
+    fn push_tokens(
+        &self,
+        lists: &mut TextLogprobs,
+        prompt: usize,
+        tokens: &[(SampledToken, usize)],
+    ) {
+        let (start, top) = (self.echoes[prompt].chars, self.settings.logprobs.top);
+        for (token, offset) in tokens {
+            self.writer.push_text(lists, token.id, Some(token), top > 0, start + offset);
+        }
+    }
+
+    fn envelope(&self, choices: Vec<TextChoice>) -> Reply<'_, TextChoice> {
+        Reply {
+            id: &self.id,
+            object: "text_completion",
+            created: self.created,
+            model: &self.model,
+            choices,
+            usage: None,
+            system_fingerprint: None,
+            service_tier: None,
+            prompt_logprobs: None,
+            prompt_token_ids: None,
+            cartridges: &[],
+        }
+    }
+}
+
+impl stream::Encoder for TextReply {
+    fn update(&mut self, prompt: usize, update: Update, chunks: &mut Vec<String>) {
+        self.tally.observe(prompt, &update);
+        let ids = self.settings.return_token_ids;
+        match update {
+            Update::Prompt { logprobs, .. } => {
+                self.echo_logprobs(prompt, &logprobs);
+                if !self.echo && !ids {
+                    return;
+                }
+                for choice in 0..self.settings.n {
+                    let choice = TextChoice {
+                        text: self.echoes[prompt].text.clone(),
+                        logprobs: (self.echo && self.shows_logprobs())
+                            .then(|| self.echoed_lists(prompt)),
+                        prompt_token_ids: ids.then(|| self.prompts[prompt].ids.clone()),
+                        ..empty_choice(self.tally.index(prompt, choice))
+                    };
+                    chunks.extend(serde_json::to_string(&self.envelope(vec![choice])));
+                }
+            }
+            Update::Delta { choice, text, token, finish } => {
+                let wants_token = token.is_some() && (self.shows_logprobs() || ids);
+                if text.is_empty() && !wants_token && finish.is_none() {
+                    return;
+                }
+                let logprobs = (self.shows_logprobs() && token.is_some()).then(|| {
+                    let mut lists = TextLogprobs::default();
+                    self.push_tokens(&mut lists, prompt, token.as_slice());
+                    lists
+                });
+                let choice = TextChoice {
+                    text,
+                    logprobs,
+                    token_ids: ids.then(|| token.iter().map(|(t, _)| t.id).collect()),
+                    finish_reason: finish.as_ref().map(|f| f.reason),
+                    stop_reason: finish.as_ref().map(|f| f.stop.clone()).filter(|s| !s.is_null()),
+                    ..empty_choice(self.tally.index(prompt, choice))
+                };
+                let last = finish.is_some() && self.tally.is_complete();
+                let reply = Reply {
+                    system_fingerprint: last.then(|| self.tally.fingerprint.to_json()),
+                    cartridges: if last { &self.tally.cartridges } else { &[] },
+                    ..self.envelope(vec![choice])
+                };
+                chunks.extend(serde_json::to_string(&reply));
+            }
+        }
+    }
+
+    fn finish(&mut self, chunks: &mut Vec<String>) {
+        if self.settings.include_usage {
+            let reply = Reply {
+                usage: Some(self.tally.usage()),
+                system_fingerprint: Some(self.tally.fingerprint.to_json()),
+                cartridges: &self.tally.cartridges,
+                ..self.envelope(Vec::new())
+            };
+            chunks.extend(serde_json::to_string(&reply));
+        }
+    }
+}
+
+fn empty_choice(index: usize) -> TextChoice {
+    TextChoice {
+        index,
+        text: String::new(),
+        logprobs: None,
+        finish_reason: None,
+        stop_reason: None,
+        prompt_logprobs: None,
+        prompt_token_ids: None,
+        token_ids: None,
+    }
+}

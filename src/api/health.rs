@@ -1,0 +1,30 @@
+//! Whether the process is alive, and whether it should be sent requests.
+
+use std::sync::Arc;
+
+use axum::{Json, extract::State};
+use serde_json::{Value, json};
+
+use super::{AppState, error::ApiError};
+
+/// `GET /ping`, in Tokasaurus's words.
+pub async fn ping() -> Json<Value> {
+    Json(json!({"message": "pong"}))
+}
+
+/// `GET /health/live`: the process answers; restarting it helps nothing.
+pub async fn live() -> Json<Value> {
+    Json(json!({"status": "alive"}))
+}
+
+/// `GET /health/ready` and `GET /health`: 503 while starting or draining.
+pub async fn ready(State(state): State<Arc<AppState>>) -> Result<Json<Value>, ApiError> {
+    if state.ready.get() {
+        Ok(Json(json!({"status": "ready"})))
+    } else {
+        Err(ApiError {
+            code: Some("not_ready"),
+            ..ApiError::unavailable("the server is starting or shutting down")
+        })
+    }
+}

@@ -1,0 +1,167 @@
+//! Reply bodies. Members that the OpenAI types have are present even when null, because clients built on
+//! those types read them; members of our own follow.
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::cartridge::Lease;
+
+/// `usage`. Cartridge tokens are not prompt tokens (as in Tokasaurus); they are told apart in the details.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Usage {
+    pub prompt_tokens: usize,
+    pub completion_tokens: usize,
+    pub total_tokens: usize,
+    pub prompt_tokens_details: PromptTokensDetails,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct PromptTokensDetails {
+    pub cached_tokens: usize,
+    pub cartridge_tokens: usize,
+}
+
+/// Which content answered: the generation a cartridge id stood for.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct CartridgeUsed {
+    pub id: String,
+    pub generation: String,
+    pub tokens: usize,
+}
+
+impl From<&Lease> for CartridgeUsed {
+    fn from(lease: &Lease) -> Self {
+        Self {
+            id: lease.id().to_owned(),
+            generation: lease.generation().to_hex(),
+            tokens: lease.tokens(),
+        }
+    }
+}
+
+/// Chat completions, chunks, and text completions; `choices` tell them apart.
+#[derive(Debug, Serialize)]
+pub struct Reply<'a, C> {
+    pub id: &'a str,
+    pub object: &'static str,
+    pub created: u64,
+    pub model: &'a str,
+    pub choices: Vec<C>,
+    pub usage: Option<Usage>,
+    pub system_fingerprint: Option<String>,
+    pub service_tier: Option<()>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<&'a [u32]>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub cartridges: &'a [CartridgeUsed],
+}
+
+#[derive(Debug, Serialize)]
+pub struct ChatChoice {
+    pub index: usize,
+    pub message: AssistantMessage,
+    pub logprobs: Option<ChatLogprobs>,
+    pub finish_reason: &'static str,
+    pub stop_reason: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct AssistantMessage {
+    pub role: &'static str,
+    pub content: String,
+    pub refusal: Option<()>,
+    pub annotations: Option<()>,
+    pub audio: Option<()>,
+    pub function_call: Option<()>,
+    pub tool_calls: Option<()>,
+}
+
+impl AssistantMessage {
+    pub fn new(content: String) -> Self {
+        Self {
+            role: "assistant",
+            content,
+            refusal: None,
+            annotations: None,
+            audio: None,
+            function_call: None,
+            tool_calls: None,
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+pub struct ChatChunkChoice {
+    pub index: usize,
+    pub delta: Delta,
+    pub logprobs: Option<ChatLogprobs>,
+    pub finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_reason: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+}
+
+#[derive(Debug, Default, Serialize)]
+pub struct Delta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub content: Option<String>,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+pub struct ChatLogprobs {
+    pub content: Vec<TokenLogprob>,
+    pub refusal: Option<()>,
+}
+
+/// A generated token in `logprobs.content`.
+#[derive(Debug, PartialEq, Serialize)]
+pub struct TokenLogprob {
+    pub token: String,
+    pub id: u32,
+    pub bytes: Vec<u8>,
+    pub logprob: f32,
+    pub top_logprobs: Vec<TopLogprob>,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+pub struct TopLogprob {
+    pub token: String,
+    pub id: u32,
+    pub bytes: Vec<u8>,
+    pub logprob: f32,
+}
+
+/// A choice of text completions, whole or a chunk of it.
+#[derive(Debug, Serialize)]
+pub struct TextChoice {
+    pub index: usize,
+    pub text: String,
+    pub logprobs: Option<TextLogprobs>,
+    pub finish_reason: Option<&'static str>,
+    pub stop_reason: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<u32>>,
+}
+
+/// `logprobs` of text completions: four lists, one entry per token.
+#[derive(Debug, Default, PartialEq, Serialize)]
+pub struct TextLogprobs {
+    pub tokens: Vec<String>,
+    /// Null for the first token of a prompt, which nothing predicts.
+    pub token_logprobs: Vec<Option<f32>>,
+    /// Token string to log-probability, most likely first; null as a whole for `logprobs: 0`.
+    pub top_logprobs: Option<Vec<Option<serde_json::Map<String, Value>>>>,
+    /// Chars (not bytes) of `text` before each token.
+    pub text_offset: Vec<usize>,
+}

@@ -1,0 +1,214 @@
+//! What chat and text completions have in common between parsing and replying: the model's name, the
+//! cartridges, the prompt's tokens, the engine, the headers.
+
+use std::{sync::Arc, time::Instant};
+
+use axum::{
+    http::{HeaderName, HeaderValue},
+    response::Response,
+};
+
+use super::{
+    AppState,
+    cartridges::{self, ModelName},
+    error::ApiError,
+    generate::{Assembly, TextOptions},
+    logprobs::{TokenStyle, TokenWriter},
+    openai::{
+        params::{Bounds, Settings, token_budget},
+        prompt::Prompt,
+        reply::CartridgeUsed,
+    },
+    state::ServedModel,
+    tally::Tally,
+    updates::Updates,
+};
+use crate::{
+    cartridge::{CartridgeRef, Lease},
+    engine::GenerateRequest,
+};
+
+const IGNORED_FIELDS: HeaderName = HeaderName::from_static("x-cartouche-ignored-fields");
+const WARNINGS: HeaderName = HeaderName::from_static("x-cartouche-warnings");
+const CARTRIDGES: HeaderName = HeaderName::from_static("x-cartouche-cartridges");
+/// Bytes of a header that repeats names from the request.
+const MAX_NOTES_HEADER_BYTES: usize = 2048;
+
+/// What is told beside the reply.
+#[derive(Debug, Default)]
+pub struct Notes {
+    pub ignored: Vec<String>,
+    pub warnings: Vec<String>,
+}
+
+/// A request whose model, cartridges and prompts are settled.
+pub struct Prepared {
+    /// Echoed in the reply, as the client wrote it.
+    pub model_name: String,
+    pub settings: Settings,
+    pub prompts: Vec<Prompt>,
+    pub leases: Vec<Lease>,
+    pub notes: Notes,
+    pub started: Instant,
+}
+
+/// The bounds that requests are validated against.
+pub fn bounds(state: &AppState) -> Bounds<'_> {
+    Bounds {
+        vocab_size: state.engine.info().vocab_size,
+        max_top_logprobs: state.options.max_top_logprobs,
+        eos_token_ids: &state.model.eos_token_ids,
+    }
+}
+
+/// Settles `model`: the cartridge it names, if any. Unknown names are served with a warning, or refused.
+pub fn resolve_model<'a>(
+    state: &AppState,
+    requested: Option<&'a str>,
+    warnings: &mut Vec<String>,
+) -> Result<Option<&'a str>, ApiError> {
+    match ModelName::parse(requested, &state.model.name) {
+        ModelName::Served => Ok(None),
+        ModelName::WithCartridge(id) => Ok(Some(id)),
+        ModelName::Other(name) if state.options.strict_model => {
+            Err(ApiError::model_not_found(name))
+        }
+        ModelName::Other(_) => {
+            warnings.push(format!("the model named is not served here; {} answers", state.model.name));
+            Ok(None)
+        }
+    }
+}
+
+/// Leases the cartridges while `tokenise` runs on a thread of its own (a long prompt takes a while).
+pub async fn lease_and_tokenise<T: Send + 'static>(
+    state: &AppState,
+    references: &[CartridgeRef],
+    tokenise: impl FnOnce(&ServedModel) -> Result<T, ApiError> + Send + 'static,
+) -> Result<(Vec<Lease>, T), ApiError> {
+    tokio::try_join!(
+        cartridges::acquire(&state.registry, references),
+        off_thread(state, tokenise)
+    )
+}
+
+/// Runs text work on a thread where it can take its time.
+pub async fn off_thread<T: Send + 'static>(
+    state: &AppState,
+    work: impl FnOnce(&ServedModel) -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let model = Arc::clone(&state.model);
+    match tokio::task::spawn_blocking(move || work(&model)).await {
+        Ok(result) => result,
+        Err(_) => Err(ApiError::internal("the prompt could not be processed")),
+    }
+}
+
+impl Prepared {
+    /// Submits every prompt; when one is refused the others are cancelled.
+    ///
+    /// `default_max_tokens` stands in when the request sets none; `text_goes_on`: the completion's text
+    /// continues the prompt's instead of standing alone.
+    pub fn submit(
+        &self,
+        state: &AppState,
+        default_max_tokens: Option<usize>,
+        text_goes_on: bool,
+    ) -> Result<Updates, ApiError> {
+        let s = &self.settings;
+        let info = state.engine.info();
+        let cartridge: usize = self.leases.iter().map(|l| l.tokens()).sum();
+        // Cartridges take positions but no room of the KV cache.
+        let limit = info.max_context.min(info.kv_tokens + cartridge);
+        let lengths = self.prompt_lengths();
+        let budgets = lengths
+            .iter()
+            .map(|&len| token_budget(s.max_tokens, default_max_tokens, len, cartridge, limit))
+            .collect::<Result<Vec<_>, _>>()?;
+        s.check_work(&lengths, budgets.iter().copied().max().unwrap_or(0))?;
+        let text = TextOptions {
+            n: s.n,
+            stop: s.stop.clone(),
+            include_stop: s.include_stop,
+            skip_special_tokens: s.skip_special_tokens,
+            eos_token_ids: s.eos_token_ids.clone(),
+            stop_token_ids: s.stop_token_ids.clone(),
+        };
+        let mut streams = Vec::with_capacity(self.prompts.len());
+        for (prompt, max_tokens) in self.prompts.iter().zip(budgets) {
+            let mut sampling = s.sampling.clone();
+            sampling.max_tokens = max_tokens;
+            if sampling.min_tokens > max_tokens {
+                let message = format!("min_tokens is larger than max_tokens, which is {max_tokens}");
+                return Err(ApiError::invalid("min_tokens", message));
+            }
+            let stream = state.engine.submit(GenerateRequest {
+                prompt: prompt.ids.clone(),
+                cartridges: self.leases.clone(),
+                n: s.n,
+                sampling,
+                stop_token_ids: [&s.eos_token_ids[..], &s.stop_token_ids].concat(),
+                logprobs: s.logprobs.options(),
+            })?;
+            let context: &[u32] = if text_goes_on { &prompt.ids } else { &[] };
+            streams.push((stream, Assembly::new(&state.model.tokenizer, &text, context)));
+        }
+        Ok(Updates::new(streams, self.started))
+    }
+
+    fn prompt_lengths(&self) -> Vec<usize> {
+        self.prompts.iter().map(|p| p.ids.len()).collect()
+    }
+
+    /// The counters of the reply.
+    pub fn tally(&self) -> Tally {
+        let used: Vec<CartridgeUsed> = self.leases.iter().map(CartridgeUsed::from).collect();
+        Tally::new(&self.prompt_lengths(), &self.settings, used)
+    }
+
+    /// The writer of the reply's log-probabilities.
+    pub fn token_writer(&self, state: &AppState) -> TokenWriter {
+        let style = match (self.settings.tokens_as_ids, state.options.raw_token_strings) {
+            (true, _) => TokenStyle::Id,
+            (false, true) => TokenStyle::Piece,
+            (false, false) => TokenStyle::Text,
+        };
+        TokenWriter { tokenizer: state.model.tokenizer.clone(), style }
+    }
+
+    /// The headers that say what was ignored, what was odd, and which cartridges answered.
+    pub fn headers(&self) -> Vec<(HeaderName, HeaderValue)> {
+        let used: Vec<CartridgeUsed> = self.leases.iter().map(CartridgeUsed::from).collect();
+        let mut headers = headers_of(&self.notes);
+        headers.extend(cartridges::header(&used).map(|value| (CARTRIDGES, value)));
+        headers
+    }
+}
+
+/// The headers that say what was ignored and what was odd. Names of fields are the client's: what a header
+/// cannot hold becomes `?`, and long lists are cut.
+pub fn headers_of(notes: &Notes) -> Vec<(HeaderName, HeaderValue)> {
+    let text = |list: &[String], separator: &str| {
+        let clean = |c: char| if (' '..='~').contains(&c) { c } else { '?' };
+        let joined: String =
+            list.join(separator).chars().map(clean).take(MAX_NOTES_HEADER_BYTES).collect();
+        if joined.is_empty() { None } else { HeaderValue::try_from(joined).ok() }
+    };
+    [(IGNORED_FIELDS, text(&notes.ignored, ", ")), (WARNINGS, text(&notes.warnings, "; "))]
+        .into_iter()
+        .filter_map(|(name, value)| value.map(|value| (name, value)))
+        .collect()
+}
+
+/// Adds headers to a response.
+pub fn with_headers(mut response: Response, headers: Vec<(HeaderName, HeaderValue)>) -> Response {
+    response.headers_mut().extend(headers);
+    response
+}
+
+/// Unix seconds, for `created`.
+pub fn now() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |elapsed| elapsed.as_secs())
+}

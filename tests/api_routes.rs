@@ -1,0 +1,150 @@
+//! Routes beside generation, and what happens at the edges of HTTP.
+
+mod api_support;
+
+use api_support::{MODEL, Server};
+use axum::{body::Body, http::Request};
+use cartouche::{api::ApiOptions, engine::EngineOptions, limits};
+use serde_json::json;
+
+#[tokio::test]
+async fn health_and_ping() {
+    let server = Server::new(ApiOptions::default(), EngineOptions::default());
+    assert_eq!(server.get("/ping").await.ok(), json!({"message": "pong"}));
+    assert_eq!(server.get("/health/live").await.ok(), json!({"status": "alive"}));
+    assert_eq!(server.get("/health/ready").await.ok(), json!({"status": "ready"}));
+    server.state.ready.set(false);
+    let reply = server.get("/health/ready").await;
+    assert_eq!((reply.error().0, reply.code().as_str()), (503, "not_ready"));
+    assert!(reply.headers.contains_key("retry-after"));
+    assert_eq!(server.get("/health").await.status, 503);
+    assert_eq!(server.get("/health/live").await.status, 200);
+}
+
+#[tokio::test]
+async fn exactly_one_model_is_listed() {
+    let server = Server::shared();
+    let list = server.get("/v1/models").await.ok();
+    assert_eq!(list["object"], "list");
+    assert_eq!(list["data"].as_array().unwrap().len(), 1);
+    assert_eq!(list["data"][0]["id"], MODEL);
+    assert_eq!(list["data"][0]["max_model_len"], 4096);
+    assert_eq!(server.get("/v1/models/Cartouche-Demo").await.ok(), list["data"][0]);
+    let reply = server.get("/v1/models/org/other").await;
+    assert_eq!((reply.error().0, reply.code().as_str()), (404, "model_not_found"));
+}
+
+#[tokio::test]
+async fn cartridges_have_their_own_list() {
+    let server = Server::new(ApiOptions::default(), EngineOptions::default());
+    let generation = server.insert("gamma", 9, 3);
+    let list = server.get("/v1/cartridges").await.ok();
+    let entries = list["data"].as_array().unwrap();
+    assert_eq!(entries.len(), 3);
+    let entry = entries.iter().find(|e| e["id"] == "gamma").unwrap();
+    assert_eq!(entry["object"], "cartridge");
+    assert_eq!(entry["generation"], generation.as_str());
+    assert_eq!((&entry["tokens"], &entry["frozen_tokens"]), (&json!(9), &json!(1)));
+    assert_eq!(entry["resident"], true);
+}
+
+#[tokio::test]
+async fn tokenize_and_detokenize() {
+    let server = Server::shared();
+    let body = json!({"model": MODEL, "prompt": "Hello world, café 😀.", "return_token_strs": true});
+    let reply = server.post("/tokenize", body).await.ok();
+    assert_eq!(reply["count"], 17);
+    assert_eq!(reply["max_model_len"], 4096);
+    assert_eq!(reply["tokens"][0], 700);
+    assert_eq!(reply["token_strs"][1], "Ġw");
+    let text = server.post("/detokenize", json!({"tokens": reply["tokens"]})).await.ok();
+    assert_eq!(text, json!({"prompt": "Hello world, café 😀."}));
+
+    let messages = json!([{"role": "user", "content": "Hi"}]);
+    let chat = server.post("/tokenize", json!({"messages": messages})).await.ok();
+    let text = server.post("/detokenize", json!({"tokens": chat["tokens"]})).await.ok();
+    assert_eq!(text["prompt"], "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
+    let closed = json!({"messages": messages, "add_generation_prompt": false, "zebra": 1});
+    let closed = server.post("/tokenize", closed).await;
+    assert_eq!(closed.header("x-cartouche-ignored-fields"), "zebra");
+    assert!(closed.ok()["count"].as_u64() < chat["count"].as_u64());
+
+    assert_eq!(server.post("/tokenize", json!({})).await.error().1, "prompt");
+    let both = json!({"prompt": "a", "messages": messages});
+    assert_eq!(server.post("/tokenize", both).await.error().0, 400);
+    let unknown = server.post("/detokenize", json!({"tokens": [1, 2154]})).await.error();
+    assert_eq!((unknown.0, unknown.1.as_str()), (400, "tokens[1]"));
+}
+
+#[tokio::test]
+async fn errors_have_one_shape() {
+    let server = Server::shared();
+    assert_eq!(server.get("/v1/nothing").await.error().0, 404);
+    assert_eq!(server.get("/v1/chat/completions").await.error().0, 405);
+    for (body, part) in [
+        ("", "line 1 column 0"),
+        ("{", "line 1 column 1"),
+        ("{\"messages\": [],}", "line 1 column"),
+        ("[]", "expected a map"),
+        ("null", "expected a map"),
+        ("{\"messages\": 5}", "messages"),
+        ("{\"messages\": [], \"messages\": []}", "duplicate field"),
+    ] {
+        let (status, _, message) = server.post_text("/v1/chat/completions", body).await.error();
+        assert_eq!(status, 400, "{body}");
+        assert!(message.contains(part), "{body}: {message}");
+    }
+    let deep = format!("{{\"messages\": {}", "[".repeat(100_000));
+    assert_eq!(server.post_text("/v1/chat/completions", &deep).await.error().0, 400);
+}
+
+#[tokio::test]
+async fn large_bodies_are_413() {
+    let server = Server::shared();
+    let body = format!("{{\"prompt\":\"{}\"}}", "x".repeat(limits::MAX_BODY_BYTES));
+    let reply = server.post_text("/v1/completions", &body).await;
+    assert_eq!((reply.error().0, reply.code().as_str()), (413, "body_too_large"));
+}
+
+#[tokio::test]
+async fn a_full_queue_is_429() {
+    let engine = EngineOptions { max_queued_requests: 0, ..EngineOptions::default() };
+    let server = Server::new(ApiOptions::default(), engine);
+    for stream in [false, true] {
+        let reply = server.chat(json!({"stream": stream})).await;
+        assert_eq!((reply.error().0, reply.code().as_str()), (429, "queue_full"));
+        assert_eq!(reply.header("retry-after"), "1");
+    }
+}
+
+#[tokio::test]
+async fn any_content_type_is_read_as_json() {
+    let body = json!({"prompt": "a", "max_tokens": 1}).to_string();
+    let request = Request::post("/v1/completions")
+        .header("content-type", "application/x-www-form-urlencoded")
+        .body(Body::from(body))
+        .unwrap();
+    Server::shared().send(request).await.ok();
+}
+
+#[tokio::test]
+async fn metrics_count_requests_and_tokens() {
+    let server = Server::shared();
+    server.chat(json!({"ignore_eos": true})).await.ok();
+    server.get("/v1/nothing").await;
+    let reply = server.get("/metrics").await;
+    assert_eq!(reply.status, 200);
+    assert!(reply.header("content-type").starts_with("text/plain"));
+    for part in [
+        "cartouche_http_requests_total{route=\"/v1/chat/completions\",method=\"POST\",status=\"200\"}",
+        "cartouche_time_to_first_token_seconds_bucket",
+        "cartouche_generation_seconds_count{outcome=\"finished\"}",
+        "cartouche_completion_tokens_total",
+        "cartouche_prompt_tokens_total",
+        "cartouche_choices_finished_total{reason=\"length\"}",
+        "cartouche_kv_blocks ",
+    ] {
+        assert!(reply.text.contains(part), "{part} is not in\n{}", reply.text);
+    }
+    assert!(!reply.text.contains("nothing"), "paths must not become labels");
+}
