@@ -1,5 +1,5 @@
-//! The cartridge directory: which file of a folder counts, what replacing it does, and what cannot be
-//! reached through an id.
+//! The cartridge directory: which file of a folder counts, what replacing it does, and what cannot
+//! be reached through an id.
 
 use std::{
     fs,
@@ -106,7 +106,8 @@ async fn replacing_the_file_swaps_new_requests_only() {
     let new = acquire(&registry, "a").await.unwrap();
     assert_eq!(new.generation(), digest("good/list_f32.pt"));
     assert_eq!(old.generation(), digest("good/list_bf16.pt"));
-    // A bad file is an error for new requests, never the model without a cartridge nor an old generation.
+    // A bad file is an error for new requests, never the model without a cartridge nor an old
+    // generation.
     put(dir.path(), "a/cartridge.pt", "hostile/system.pt");
     let error = acquire(&registry, "a").await.unwrap_err();
     assert!(
