@@ -159,7 +159,10 @@ async fn a_cartridge_that_does_not_fit_is_never_published() {
     };
     fake.put("long", Ok(long(64)));
     let error = registry.acquire(&local("long")).await.unwrap_err();
-    let too_large = |e: &CartridgeError, unit| matches!(e, CartridgeError::TooLarge { what, .. } if *what == unit);
+    let too_large = |error: &CartridgeError, unit| match error {
+        CartridgeError::TooLarge { what, .. } => *what == unit,
+        _ => false,
+    };
     assert!(too_large(&error, "tokens"), "{error}");
     // It fits as bf16, but not as the f32 it is to be kept as.
     fake.put("wide", Ok(long(5)));

@@ -2,12 +2,18 @@
 //! or take much memory, and each gives an error that says what is wrong. Fixtures:
 //! `scripts/fixtures/cartridges.py`.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    io::{Cursor, Read, Write},
+    path::PathBuf,
+};
 
 use cartouche::cartridge::{
     Cartridge, CartridgeError, KvShape, read_cartridge, read_cartridge_bytes, validate,
     write_safetensors,
 };
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 const MAX_BYTES: u64 = 1 << 20;
 const MODEL: KvShape = KvShape {
@@ -225,12 +231,21 @@ fn no_truncation_is_read_as_a_cartridge() {
     }
 }
 
+fn mutate(bytes: &mut Vec<u8>, random: &mut ChaCha8Rng) {
+    let at = random.random_range(0..bytes.len());
+    match random.random_range(0..4) {
+        0 => bytes[at] ^= 1 << random.random_range(0..8),
+        1 => bytes[at] = random.random(),
+        2 => drop(bytes.remove(at)),
+        _ => bytes.insert(at, random.random()),
+    }
+}
+
 /// Thousands of damaged files: whatever comes out, it is an answer, and a file that still reads is
 /// sound.
 #[test]
 fn no_mutation_makes_the_reader_panic() {
-    use rand::{RngExt, SeedableRng};
-    let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(7);
+    let mut random = ChaCha8Rng::seed_from_u64(7);
     let read = |name: &str| fs::read(fixtures("good").join(name)).unwrap();
     let files = [
         read("list_bf16.pt"),
@@ -244,13 +259,7 @@ fn no_mutation_makes_the_reader_panic() {
     for round in 0..3000 {
         let mut bytes = files[round % files.len()].clone();
         for _ in 0..random.random_range(1..4) {
-            let at = random.random_range(0..bytes.len());
-            match random.random_range(0..4) {
-                0 => bytes[at] ^= 1 << random.random_range(0..8),
-                1 => bytes[at] = random.random(),
-                2 => drop(bytes.remove(at)),
-                _ => bytes.insert(at, random.random()),
-            }
+            mutate(&mut bytes, &mut random);
         }
         match read_cartridge_bytes(&bytes, "x") {
             Ok(cartridge) => {
@@ -271,15 +280,6 @@ fn no_mutation_makes_the_reader_panic() {
 /// without end.
 #[test]
 fn deep_and_endless_pickles_are_bounded() {
-    use std::io::Write;
-    let with_pickle = |pickle: &[u8]| {
-        let mut zip = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
-        let stored = zip::write::SimpleFileOptions::default()
-            .compression_method(zip::CompressionMethod::Stored);
-        zip.start_file("x/data.pkl", stored).unwrap();
-        zip.write_all(pickle).unwrap();
-        zip.finish().unwrap().into_inner()
-    };
     let repeat = |parts: [(&[u8], usize); 3]| -> Vec<u8> {
         parts
             .into_iter()
@@ -309,7 +309,7 @@ fn deep_and_endless_pickles_are_bounded() {
             "bytes in a record",
         ),
     ] {
-        let error = read_cartridge_bytes(&with_pickle(&pickle), "x")
+        let error = read_cartridge_bytes(&zipped(&[("x/data.pkl".into(), pickle)]), "x")
             .unwrap_err()
             .to_string();
         assert!(
@@ -317,4 +317,68 @@ fn deep_and_endless_pickles_are_bounded() {
             "expected `{expected}`, got `{error}`"
         );
     }
+}
+
+/// A zip as torch makes it, with right checksums around whatever the records hold.
+fn zipped(records: &[(String, Vec<u8>)]) -> Vec<u8> {
+    let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
+    let stored =
+        zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    for (name, bytes) in records {
+        zip.start_file(name, stored).unwrap();
+        zip.write_all(bytes).unwrap();
+    }
+    zip.finish().unwrap().into_inner()
+}
+
+fn records(file: &str) -> Vec<(String, Vec<u8>)> {
+    let bytes = fs::read(fixtures("good").join(file)).unwrap();
+    let config = zip::read::Config {
+        archive_offset: zip::read::ArchiveOffset::Known(0),
+    };
+    let mut zip = zip::ZipArchive::with_config(config, Cursor::new(bytes)).unwrap();
+    let count = zip.len();
+    let read = |i| {
+        let mut record = zip.by_index(i).unwrap();
+        let mut bytes = Vec::new();
+        record.read_to_end(&mut bytes).unwrap();
+        (record.name().unwrap().into_owned(), bytes)
+    };
+    (0..count).map(read).collect()
+}
+
+/// The checksums of a zip hide the pickle from blind mutation, so here they are made right again.
+#[test]
+fn no_mutated_pickle_makes_the_reader_panic() {
+    let mut random = ChaCha8Rng::seed_from_u64(11);
+    let names = [
+        "list_bf16",
+        "parameters_bf16",
+        "views_bf16",
+        "extra_keys_bf16",
+        "protocol4_bf16",
+    ];
+    let files = names.map(|name| records(&format!("{name}.pt")));
+    let (mut refused, mut accepted) = (0, 0);
+    for round in 0..5000 {
+        let mut records = files[round % files.len()].clone();
+        let pickle = records
+            .iter_mut()
+            .find(|(name, _)| name.ends_with("data.pkl"))
+            .unwrap();
+        for _ in 0..random.random_range(1..4) {
+            mutate(&mut pickle.1, &mut random);
+        }
+        match read_cartridge_bytes(&zipped(&records), "x") {
+            Ok(cartridge) => {
+                accepted += 1;
+                assert!(cartridge.bytes() <= 4 * 4096);
+            }
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(
+        refused > 2500 && accepted > 50,
+        "{refused} refused, {accepted} accepted"
+    );
 }

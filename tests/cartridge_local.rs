@@ -35,6 +35,7 @@ fn registry(dir: &Path) -> Arc<Registry> {
             head_dim: 4,
         },
         model: "demo".into(),
+        rope_theta: None,
         max_positions: 64,
         device: Device::Cpu,
         dtype: DType::F32,

@@ -179,7 +179,8 @@ async fn a_slow_file_does_not_hold_up_another_id() {
     }
     let soon = |id: &'static str| {
         let registry = Arc::clone(&registry);
-        async move { tokio::time::timeout(Duration::from_secs(10), registry.acquire(&local(id))).await }
+        let limit = Duration::from_secs(10);
+        async move { tokio::time::timeout(limit, registry.acquire(&local(id))).await }
     };
     soon("broken").await.unwrap().unwrap_err();
     soon("fast").await.unwrap().unwrap();

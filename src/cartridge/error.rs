@@ -19,8 +19,8 @@ pub enum CartridgeError {
     Invalid { name: String, reason: String },
     /// The file asks for a Python object that no cartridge needs. Nothing was executed.
     #[error(
-        "cartridge `{name}` was refused: its pickle names `{global}`, which is not on the list of what a \
-         cartridge may hold (nothing was executed)"
+        "cartridge `{name}` was refused: its pickle names `{global}`, which is not on the list of \
+         what a cartridge may hold (nothing was executed)"
     )]
     Forbidden { name: String, global: String },
     /// A sound cartridge for another model.

@@ -31,6 +31,8 @@ pub struct RegistryOptions {
     pub shape: KvShape,
     /// Name of the served model, compared with what cartridges say (a difference is a warning).
     pub model: String,
+    /// RoPE base of the served model, likewise; `None` compares nothing.
+    pub rope_theta: Option<f64>,
     /// Positions of the model; a cartridge must leave at least one.
     pub max_positions: usize,
     /// Where and as what cartridges are kept.
@@ -281,6 +283,8 @@ impl Registry {
     fn stage(&self, cartridge: Cartridge) -> Result<Arc<Cartridge>, CartridgeError> {
         let RegistryOptions {
             shape,
+            model,
+            rope_theta,
             device,
             dtype,
             max_positions,
@@ -291,7 +295,7 @@ impl Registry {
             let (size, limit) = (cartridge.tokens() as u64, *max_positions as u64 - 1);
             return Err(CartridgeError::too_large("tokens", size, limit));
         }
-        for warning in provenance_warnings(cartridge.provenance(), &self.options.model, None) {
+        for warning in provenance_warnings(cartridge.provenance(), model, *rope_theta) {
             tracing::warn!(
                 generation = cartridge.generation().short(),
                 "cartridge: {warning}"

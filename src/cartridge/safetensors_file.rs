@@ -67,7 +67,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Cartridge, CartridgeError> {
         let claimed: String = claimed.chars().take(12).collect();
         let actual = actual.short();
         return Err(CartridgeError::invalid(format!(
-            "its content has the digest {actual}..., its header says {claimed}...: damaged or changed"
+            "its content has the digest {actual}..., its header says {claimed}..."
         )));
     }
     Ok(cartridge)

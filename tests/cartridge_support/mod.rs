@@ -113,6 +113,7 @@ pub fn options(cartridges: u64) -> RegistryOptions {
         dir: None,
         shape: SHAPE,
         model: "demo".into(),
+        rope_theta: None,
         max_positions: 64,
         device: Device::Cpu,
         dtype: DType::F32,
