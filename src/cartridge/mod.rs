@@ -25,7 +25,7 @@ mod torch_write;
 mod validate;
 
 pub use artifact::{Cartridge, Generation, KvShape, LayerKv, Provenance};
-pub use config_yaml::{read_config_yaml, write_config_yaml};
+pub use config_yaml::{ConfigYaml, read_config_yaml, write_config_yaml};
 pub use error::{CartridgeError, ParseGenerationError};
 pub use format::{read_cartridge, read_cartridge_bytes};
 pub use lease::Lease;
