@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
 use candle_core::{DType, Device};
 use clap::Args;
@@ -64,7 +63,6 @@ pub struct Runtime {
     pub engine: EngineHandle,
     pub registry: Arc<Registry>,
     pub weight_bytes: u64,
-    pub engine_thread: JoinHandle<()>,
 }
 
 impl RuntimeOptions {
@@ -115,6 +113,7 @@ impl RuntimeOptions {
             dir: Some(self.cartridge_dir.clone().unwrap_or_else(|| PathBuf::from("cartridges"))),
             shape: config.kv_shape(),
             model: loaded.name.clone(),
+            rope_theta: Some(config.rope_theta),
             max_positions: config.max_positions,
             device: Device::Cpu,
             dtype: DType::F32,
@@ -131,7 +130,7 @@ impl RuntimeOptions {
                 registry.insert(document.name, cartridge)?;
             }
         }
-        let (engine, engine_thread) = engine::start(loaded.decoder, &self.engine_options())?;
+        let (engine, _) = engine::start(loaded.decoder, &self.engine_options())?;
         let model = Arc::new(ServedModel {
             name: loaded.name,
             tokenizer: loaded.tokenizer,
@@ -139,7 +138,7 @@ impl RuntimeOptions {
             eos_token_ids: loaded.eos_token_ids,
             is_llama3: loaded.is_llama3,
         });
-        Ok(Runtime { source, model, engine, registry, weight_bytes, engine_thread })
+        Ok(Runtime { source, model, engine, registry, weight_bytes })
     }
 }
 
