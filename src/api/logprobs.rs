@@ -3,7 +3,7 @@
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde_json::{Map, Value, json};
 
-use super::openai::reply::{ChatLogprobs, TextLogprobs, TokenLogprob, TopLogprob};
+use super::openai::reply::{ChatLogprobs, TextLogprobs, TokenLogprob, TopLogprob, TopMap};
 use crate::{engine::SampledToken, text::Tokenizer};
 
 /// Stands for minus infinity, which JSON cannot say (vLLM sends the same number).
@@ -78,10 +78,13 @@ impl TokenWriter {
         lists.text_offset.push(offset);
         if top {
             let map = sampled.map(|t| {
-                let mut map = Map::new();
+                let mut map = TopMap::default();
                 // The token itself is always there (OpenAI), also when it is not among the most likely.
                 for &(id, logprob) in t.top.iter().chain([&(t.id, t.logprob)]) {
-                    map.entry(self.name(id)).or_insert_with(|| finite(logprob).into());
+                    let name = self.name(id);
+                    if map.0.iter().all(|(seen, _)| *seen != name) {
+                        map.0.push((name, finite(logprob)));
+                    }
                 }
                 map
             });
