@@ -113,7 +113,8 @@ fn configuration_forms() {
         })
     };
     let config = json!({
-        "chat_template": "{{ bos_token }}{{ eos_token }}{{ image_token }}{{ pad_token is defined }}",
+        "chat_template":
+            "{{ bos_token }}{{ eos_token }}{{ image_token }}{{ pad_token is defined }}",
         "bos_token": "<b>", "eos_token": {"content": "<e>", "lstrip": false}, "pad_token": null,
         "add_bos_token": true, "extra_special_tokens": {"image_token": "<i>"},
     });
@@ -217,4 +218,39 @@ fn continuing_wins_over_the_generation_prompt() {
         ChatTemplate::new("{% if messages[0].content %}x{% endif %}", Map::new()).unwrap();
     let e = template.render(&both).unwrap_err();
     assert!(matches!(e, TextError::ContinueFinal { .. }), "{e}");
+}
+
+#[test]
+fn snippets() {
+    let fixture = fixture("snippets");
+    let messages = fixture["messages"].as_array().unwrap();
+    let special = fixture["special_tokens"].as_object().unwrap();
+    let now = fixture["now"].as_str().unwrap().parse().unwrap();
+    let kwargs = Map::new();
+    let mut differences = Vec::new();
+    for case in fixture["cases"].as_array().unwrap() {
+        let source = case["template"].as_str().unwrap();
+        let result = ChatTemplate::new(source, special.clone())
+            .and_then(|t| t.with_clock(now)?.render(&request(messages, &kwargs)));
+        let same = match (&result, case["text"].as_str(), case["raised"].as_str()) {
+            (Ok(text), Some(expected), _) => text == expected,
+            (Err(TextError::TemplateRaised { message }), None, Some(expected)) => {
+                message == expected
+            }
+            (Err(_), None, None) => true,
+            _ => false,
+        };
+        if !same {
+            let expected = case.get("text").or(case.get("error"));
+            differences.push(format!(
+                "{source:?}\n  expected {expected:?}\n  got      {result:?}"
+            ));
+        }
+    }
+    assert!(
+        differences.is_empty(),
+        "{} differences:\n{}",
+        differences.len(),
+        differences.join("\n")
+    );
 }

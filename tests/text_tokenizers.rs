@@ -1,5 +1,5 @@
 //! Tokenizers encode and decode as the reference package does, and streaming gives the same text as
-//! decoding everything at once. `scripts/fixtures/templates.py` writes the fixtures.
+//! decoding everything at once. `scripts/fixtures/tokenizers_small.py` writes the fixtures.
 
 use cartouche::text::{Detokenizer, Tokenizer};
 use proptest::prelude::*;
@@ -132,8 +132,8 @@ fn single_tokens() {
 fn text_is_released_as_soon_as_it_is_final() {
     let (tokenizer, _) = fixture("byte_level");
     let id = |piece: &str| tokenizer.token_id(piece).unwrap();
-    // The space of " 👩" is shown at once, the emoji when its last byte is there; a genuine U+FFFD is not
-    // held back; a char cut off by other text is replaced as soon as that is sure.
+    // The space of " 👩" is shown at once, the emoji when its last byte is there; a genuine U+FFFD
+    // is not held back; a char cut off by other text is replaced as soon as that is sure.
     let tokens = ["ĠðŁ", "ĳ", "©", "ï", "¿", "½", "Ã", "h", "<|end|>", "ð"].map(id);
     let (pieces, rest) = stream(&tokenizer, &tokens, true);
     assert_eq!(
@@ -169,16 +169,23 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
     fn streaming_any_tokens_equals_decoding_them(
-        seeds in prop::collection::vec(prop::collection::vec(any::<prop::sample::Index>(), 0..60), 8),
+        seeds in prop::collection::vec(
+            prop::collection::vec(any::<prop::sample::Index>(), 0..60),
+            8,
+        ),
         skip: bool,
     ) {
         for name in NAMES {
             let (tokenizer, _) = fixture(name);
             let size = tokenizer.vocab_size() + 2;
             for seed in &seeds {
-                // Half of the tokens come from the end of the vocabulary: merges, spaces, special tokens.
+                // Half of the tokens come from the end of the vocabulary: merges, spaces, special
+                // tokens.
                 let tokens: Vec<u32> = seed.iter().enumerate()
-                    .map(|(i, x)| if i % 2 == 0 { x.index(size) } else { size - 1 - x.index(size.min(24)) })
+                    .map(|(i, x)| match i % 2 {
+                        0 => x.index(size),
+                        _ => size - 1 - x.index(size.min(24)),
+                    })
                     .map(|id| id as u32)
                     .collect();
                 let (pieces, rest) = stream(&tokenizer, &tokens, skip);

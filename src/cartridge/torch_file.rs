@@ -5,7 +5,10 @@ use std::{
     io::{Read, Seek},
 };
 
-use zip::{CompressionMethod, ZipArchive};
+use zip::{
+    CompressionMethod, ZipArchive,
+    read::{ArchiveOffset, Config},
+};
 
 use super::{Cartridge, CartridgeError, Provenance, pickle, torch_layout};
 use crate::limits;
@@ -41,7 +44,12 @@ pub(super) struct Records<R> {
 
 impl<R: Read + Seek> Records<R> {
     fn open(source: R, len: u64) -> Result<Self, CartridgeError> {
-        let mut archive = ZipArchive::new(source).map_err(|e| zip_error("open the zip", &e))?;
+        // torch puts nothing before the zip. Left to detect that, the reader searches for signatures.
+        let config = Config {
+            archive_offset: ArchiveOffset::Known(0),
+        };
+        let mut archive =
+            ZipArchive::with_config(config, source).map_err(|e| zip_error("open the zip", &e))?;
         if archive.len() > limits::MAX_ZIP_RECORDS {
             let (size, limit) = (archive.len() as u64, limits::MAX_ZIP_RECORDS as u64);
             return Err(CartridgeError::too_large("zip records", size, limit));

@@ -1,11 +1,12 @@
 //! Storage of the paged KV cache on the CPU, and attention over it.
 
-use candle_core::{CpuStorage, Result, Storage, Tensor};
+use candle_core::{Result, Tensor};
 
 use super::blocks::{BLOCK_TOKENS, BlockTable};
 use crate::cartridge::{KvShape, Lease};
 use crate::model::Attend;
 use crate::ops::attention::{KvRun, SequenceQueries, segment_attention};
+use crate::ops::{f32_slice, with_f32};
 
 /// Keys and values of all blocks: per layer `[blocks, kv_heads, BLOCK_TOKENS, head_dim]`, f32.
 ///
@@ -143,19 +144,5 @@ impl Attend for PagedAttention<'_> {
             Ok(segment_attention(q, (heads, shape.kv_heads, head_dim), scale, &sequences))
         })?;
         Tensor::from_vec(out, q.shape(), q.device())
-    }
-}
-
-/// Calls `f` with the elements of an f32 CPU tensor, copied only if they are not contiguous.
-fn with_f32<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
-    let tensor = tensor.contiguous()?;
-    let (storage, _) = tensor.storage_and_layout();
-    f(f32_slice(&storage, &tensor)?)
-}
-
-fn f32_slice<'a>(storage: &'a Storage, tensor: &Tensor) -> Result<&'a [f32]> {
-    match (storage, tensor.layout().contiguous_offsets()) {
-        (Storage::Cpu(CpuStorage::F32(data)), Some((start, end))) => Ok(&data[start..end]),
-        _ => candle_core::bail!("attention on the CPU needs contiguous f32 tensors"),
     }
 }

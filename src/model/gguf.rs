@@ -53,11 +53,6 @@ impl GgufFile {
         self.string("tokenizer.chat_template")
     }
 
-    /// The model's own name, when it has one.
-    pub fn model_name(&self) -> Option<&str> {
-        self.string("general.name")
-    }
-
     /// Id of a special token: `bos`, `eos`, `eot`, …
     pub fn special_token(&self, kind: &str) -> Option<u32> {
         let key = format!("tokenizer.ggml.{kind}_token_id");

@@ -96,19 +96,16 @@ pub fn load(source: &ModelSource, options: &LoadOptions) -> Result<LoadedModel, 
             (build(gguf.config(), &gguf)?, tokenizer, eos.collect())
         }
         _ => {
-            let config_bytes = files.require("config.json")?;
-            let config = ModelConfig::from_json(&config_bytes, &files.describe("config.json"))?;
             let tokenizer = Tokenizer::from_bytes(&files.require("tokenizer.json")?)?;
-            let shards = safetensors_files(&files)?;
-            let decoder = build(config, &SafetensorsReader::new(&shards, options.quantize)?)?;
-            let json = parse_json(&config_bytes, "config.json")?;
-            (decoder, tokenizer, eos_token_ids(&json))
+            let decoder = safetensors_decoder(&files, options.quantize)?;
+            let json = parse_json(&files.require("config.json")?, "config.json")?;
+            (decoder, tokenizer, read_eos_ids(&json))
         }
     };
     // generation_config.json has the last word on end tokens, as in transformers.
     if let Some(bytes) = files.read("generation_config.json")? {
         let json = parse_json(&bytes, &files.describe("generation_config.json"))?;
-        let ids = eos_token_ids(&json);
+        let ids = read_eos_ids(&json);
         if !ids.is_empty() {
             eos_token_ids = ids;
         }
@@ -126,13 +123,37 @@ pub fn load(source: &ModelSource, options: &LoadOptions) -> Result<LoadedModel, 
     Ok(LoadedModel { name, decoder, tokenizer, chat_template, eos_token_ids, is_llama3 })
 }
 
+/// The decoder alone, for tools that bring their own token ids.
+pub fn load_decoder(
+    source: &ModelSource,
+    quantize: Option<Quantize>,
+) -> Result<Decoder, ModelError> {
+    match source {
+        ModelSource::Gguf(path) => {
+            let gguf = GgufFile::open(path)?;
+            build(gguf.config(), &gguf)
+        }
+        _ => safetensors_decoder(&source.files()?, quantize),
+    }
+}
+
+fn safetensors_decoder(
+    files: &ModelFiles,
+    quantize: Option<Quantize>,
+) -> Result<Decoder, ModelError> {
+    let file = "config.json";
+    let config = ModelConfig::from_json(&files.require(file)?, &files.describe(file))?;
+    let shards = safetensors_files(files)?;
+    build(config, &SafetensorsReader::new(&shards, quantize)?)
+}
+
 fn parse_json(bytes: &[u8], file: &str) -> Result<Value, ModelError> {
     serde_json::from_slice(bytes)
         .map_err(|e| ModelError::Invalid { file: file.to_owned(), reason: e.to_string() })
 }
 
 /// `eos_token_id` is a number or a list of numbers.
-fn eos_token_ids(json: &Value) -> Vec<u32> {
+fn read_eos_ids(json: &Value) -> Vec<u32> {
     let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
     match &json["eos_token_id"] {
         Value::Array(ids) => ids.iter().filter_map(id).collect(),

@@ -8,11 +8,13 @@ mod decoder;
 mod error;
 mod gguf;
 mod load;
+mod prefill;
 mod source;
 mod weights;
 
 pub use config::{Architecture, ModelConfig};
 pub use decoder::{Attend, Decoder};
 pub use error::ModelError;
-pub use load::{LoadOptions, LoadedModel, Quantize, load};
+pub use load::{LoadOptions, LoadedModel, Quantize, load, load_decoder};
+pub use prefill::prefill;
 pub use source::ModelSource;

@@ -148,7 +148,7 @@ impl<'a> SafetensorsReader<'a> {
         Ok(Self { tensors, quantize })
     }
 
-    fn f32(&self, name: &str, shape: &[usize]) -> Result<Option<Tensor>, ModelError> {
+    fn f32(&self, name: &str, shape: &[usize]) -> Result<Option<Vec<f32>>, ModelError> {
         let Some((view, file)) = self.tensors.get(name) else { return Ok(None) };
         if view.shape() != shape {
             return Err(ModelError::WeightShape {
@@ -163,13 +163,14 @@ impl<'a> SafetensorsReader<'a> {
             hint: "weights must be F32, F16 or BF16".to_owned(),
         })?;
         release(file, view.data());
-        Ok(Some(Tensor::from_vec(values, shape, &Device::Cpu)?))
+        Ok(Some(values))
     }
 }
 
 impl WeightReader for SafetensorsReader<'_> {
     fn vector(&self, name: &str, len: usize) -> Result<Option<Tensor>, ModelError> {
-        self.f32(name, &[len])
+        let Some(values) = self.f32(name, &[len])? else { return Ok(None) };
+        Ok(Some(Tensor::from_vec(values, len, &Device::Cpu)?))
     }
 
     fn matrix(
@@ -177,14 +178,17 @@ impl WeightReader for SafetensorsReader<'_> {
         name: &str,
         (rows, columns): (usize, usize),
     ) -> Result<Option<Matrix>, ModelError> {
-        let Some(dense) = self.f32(name, &[rows, columns])? else { return Ok(None) };
-        let Some(quantize) = self.quantize else { return Ok(Some(Matrix::Dense(dense))) };
+        let Some(values) = self.f32(name, &[rows, columns])? else { return Ok(None) };
+        let Some(quantize) = self.quantize else {
+            let dense = Tensor::from_vec(values, (rows, columns), &Device::Cpu)?;
+            return Ok(Some(Matrix::Dense(dense)));
+        };
         let dtype = quantize.block_type(columns).ok_or_else(|| ModelError::Unsupported {
             file: name.to_owned(),
             what: format!("quantising rows of {columns} weights"),
             hint: "the width must be a multiple of 32; run without --quantize".to_owned(),
         })?;
-        Ok(Some(Matrix::Quantized(Arc::new(quantize_rows(&dense, dtype)?))))
+        Ok(Some(Matrix::Quantized(Arc::new(quantize_rows(&values, columns, dtype)?))))
     }
 
     fn rope_divisors(&self) -> Result<Option<Vec<f32>>, ModelError> {
@@ -193,18 +197,17 @@ impl WeightReader for SafetensorsReader<'_> {
 }
 
 /// Quantises groups of rows in parallel; blocks never cross rows, so the result is that of one pass.
-fn quantize_rows(dense: &Tensor, dtype: GgmlDType) -> Result<QTensor, ModelError> {
-    let (rows, _) = dense.dims2()?;
-    let step = rows.div_ceil(rayon::current_num_threads() * 4).max(1);
-    let parts: Vec<Vec<u8>> = (0..rows)
-        .into_par_iter()
-        .step_by(step)
-        .map(|start| {
-            let part = dense.narrow(0, start, step.min(rows - start))?;
+fn quantize_rows(values: &[f32], columns: usize, dtype: GgmlDType) -> Result<QTensor, ModelError> {
+    let rows = values.len() / columns;
+    let group = rows.div_ceil(rayon::current_num_threads() * 4).max(1) * columns;
+    let parts: Vec<Vec<u8>> = values
+        .par_chunks(group)
+        .map(|part| {
+            let part = Tensor::from_slice(part, part.len(), &Device::Cpu)?;
             Ok(QTensor::quantize(&part, dtype)?.data()?.into_owned())
         })
         .collect::<candle_core::Result<_>>()?;
-    super::gguf::qtensor(parts.concat(), dense.dims(), dtype)
+    super::gguf::qtensor(parts.concat(), &[rows, columns], dtype)
 }
 
 /// `None` for a type that is not a float of 16 or 32 bits.

@@ -15,7 +15,7 @@ pub use rms_norm::rms_norm;
 pub use rope::{RopeScaling, RopeTable, apply_rope};
 pub use swiglu::swiglu;
 
-use candle_core::{CpuStorage, Layout, Result};
+use candle_core::{CpuStorage, Layout, Result, Storage, Tensor};
 
 /// The elements of a contiguous f32 CPU tensor; an error names the op that was given something else.
 pub(crate) fn contiguous_f32<'a>(
@@ -34,6 +34,21 @@ pub(crate) fn contiguous_f32<'a>(
         Some((start, end)) => Ok(&data[start..end]),
         None => candle_core::bail!("{op}: needs a contiguous tensor, got {layout:?}"),
     }
+}
+
+/// The elements of a contiguous f32 CPU tensor whose storage the caller holds.
+pub(crate) fn f32_slice<'a>(storage: &'a Storage, tensor: &Tensor) -> Result<&'a [f32]> {
+    match storage {
+        Storage::Cpu(storage) => contiguous_f32("attention", storage, tensor.layout()),
+        _ => candle_core::bail!("attention: this path runs on the CPU only"),
+    }
+}
+
+/// Calls `f` with the elements of an f32 CPU tensor, copied only if they are not contiguous.
+pub(crate) fn with_f32<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+    let tensor = tensor.contiguous()?;
+    let (storage, _) = tensor.storage_and_layout();
+    f(f32_slice(&storage, &tensor)?)
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! Chat templates: messages to prompt text, byte for byte as transformers' `apply_chat_template` renders.
+//! Chat templates: messages to prompt text, byte for byte as transformers' `apply_chat_template`
+//! renders.
 
 use chrono::NaiveDateTime;
 use minijinja::value::Value as Var;
@@ -10,7 +11,8 @@ use super::pystr::is_space;
 
 /// Names under which a message's reasoning travels. Templates read the first (gpt-oss' the second).
 const REASONING_FIELDS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
-/// Marks the end of the message to continue. The space shows whether the template trims the content.
+/// Marks the end of the message to continue. The space shows whether the template trims the
+/// content.
 const CONTINUE_TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
 
 /// The chat template, or named templates, of one model.
@@ -20,6 +22,7 @@ pub struct ChatTemplate {
     templates: Vec<(String, Compiled)>,
     special_tokens: Map<String, Value>,
     clock: Option<NaiveDateTime>,
+    request_templates: bool,
 }
 
 /// One rendering.
@@ -35,8 +38,8 @@ pub struct TemplateRequest<'a> {
     /// `add_generation_prompt`.
     pub continue_final_message: bool,
     /// `chat_template_kwargs` / `apply_chat_template_overrides`: any template variable, and
-    /// `chat_template` (a name or a source), `add_generation_prompt`, `continue_final_message` (also the
-    /// name of the field to continue), `tools`, `documents`.
+    /// `chat_template` (a name or a source), `add_generation_prompt`, `continue_final_message`
+    /// (also the name of the field to continue), `tools`, `documents`.
     pub kwargs: &'a Map<String, Value>,
 }
 
@@ -52,8 +55,9 @@ struct Resolved<'a> {
 }
 
 impl ChatTemplate {
-    /// The template in `tokenizer_config.json` (`chat_template`: a source, or a list of named ones), or
-    /// the content of `chat_template.jinja`, which wins. `None` when the model has neither.
+    /// The template in `tokenizer_config.json` (`chat_template`: a source, or a list of named
+    /// ones), or the content of `chat_template.jinja`, which wins. `None` when the model has
+    /// neither.
     ///
     /// # Errors
     /// [`TextError::Config`] when `chat_template` has another form; [`TextError::TemplateSyntax`].
@@ -76,12 +80,10 @@ impl ChatTemplate {
             .into_iter()
             .map(|(name, source)| Ok((name.to_owned(), Compiled::new(source, None)?)))
             .collect::<Result<_, TextError>>()?;
-        let special_tokens = special_tokens(tokenizer_config);
-        Ok(Some(Self {
+        Ok(Some(Self::assemble(
             templates,
-            special_tokens,
-            clock: None,
-        }))
+            special_tokens(tokenizer_config),
+        )))
     }
 
     /// A single template. `special_tokens` are variables such as `bos_token`.
@@ -90,11 +92,16 @@ impl ChatTemplate {
     /// [`TextError::TemplateSyntax`].
     pub fn new(source: &str, special_tokens: Map<String, Value>) -> Result<Self, TextError> {
         let templates = vec![("default".to_owned(), Compiled::new(source, None)?)];
-        Ok(Self {
+        Ok(Self::assemble(templates, special_tokens))
+    }
+
+    fn assemble(templates: Vec<(String, Compiled)>, special_tokens: Map<String, Value>) -> Self {
+        Self {
             templates,
             special_tokens,
             clock: None,
-        })
+            request_templates: true,
+        }
     }
 
     /// Fixes the time that `strftime_now` sees, so that a prompt does not change from day to day.
@@ -109,12 +116,24 @@ impl ChatTemplate {
         Ok(self)
     }
 
+    /// Whether a request may bring its own template source in `kwargs` (default: yes, as
+    /// Tokasaurus).
+    ///
+    /// Fuel bounds its instructions and the output is bounded, but not the strings it builds on the
+    /// way: a server open to strangers should say no. Names of the model's own templates stay
+    /// usable.
+    #[must_use]
+    pub fn allow_request_templates(mut self, allow: bool) -> Self {
+        self.request_templates = allow;
+        self
+    }
+
     /// Renders the prompt.
     ///
     /// # Errors
     /// [`TextError::TemplateRaised`] when the template refuses the messages, the other `Template*`
-    /// variants when it fails or passes a limit, [`TextError::InvalidKwarg`], [`TextError::NoTemplate`],
-    /// [`TextError::InvalidMessages`], [`TextError::ContinueFinal`].
+    /// variants when it fails or passes a limit, [`TextError::InvalidKwarg`],
+    /// [`TextError::NoTemplate`], [`TextError::InvalidMessages`], [`TextError::ContinueFinal`].
     pub fn render(&self, req: &TemplateRequest) -> Result<String, TextError> {
         let resolved = resolve(req)?;
         let own;
@@ -172,7 +191,15 @@ impl ChatTemplate {
             } else {
                 None
             };
-            return Ok(named.map_or(Picked::Given(source), Picked::Ours));
+            return match named {
+                Some(template) => Ok(Picked::Ours(template)),
+                None if self.request_templates => Ok(Picked::Given(source)),
+                None => Err(TextError::InvalidKwarg {
+                    name: "chat_template".to_owned(),
+                    reason: "is not allowed: this server accepts only the model's own templates"
+                        .to_owned(),
+                }),
+            };
         }
         let tool_use = resolved.tools.and_then(|_| by_name("tool_use"));
         tool_use
@@ -197,7 +224,8 @@ fn config_error(reason: &str) -> TextError {
     }
 }
 
-/// Every `*_token` of the configuration (a string, or an object with `content`), and the named extras.
+/// Every `*_token` of the configuration (a string, or an object with `content`), and the named
+/// extras.
 fn special_tokens(config: &Value) -> Map<String, Value> {
     let text = |v: &Value| {
         v.as_str()

@@ -1,15 +1,17 @@
 //! Text from tokens, one token at a time.
 //!
-//! Decoding tokens one by one is wrong: a char can span tokens, and SentencePiece decoders treat the first
-//! token apart. The library's `DecodeStream` knows of both but returns an error when a run of byte tokens
-//! turns out not to be UTF-8, holds a genuine U+FFFD back for ever, and has no way to flush. So:
+//! Decoding tokens one by one is wrong: a char can span tokens, and SentencePiece decoders treat
+//! the first token apart. The library's `DecodeStream` knows of both but returns an error when a
+//! run of byte tokens turns out not to be UTF-8, holds a genuine U+FFFD back for ever, and has no
+//! way to flush. So:
 //! - byte-level vocabularies need no decoder at all: bytes are collected and whole chars released;
-//! - other vocabularies decode a short window: some tokens already shown, for context, then the new ones.
+//! - other vocabularies decode a short window: some tokens already shown, for context, then the new
+//!   ones.
 
 use super::tokenizer::{PieceStyle, Tokenizer, byte_fallback_byte, byte_level_bytes};
 
-/// Tokens of context kept at most. Context is cut as soon as it shows something other than white space,
-/// which is all that a decoder's treatment of the beginning depends on.
+/// Tokens of context kept at most. Context is cut as soon as it shows something other than white
+/// space, which is all that a decoder's treatment of the beginning depends on.
 const MAX_CONTEXT_TOKENS: usize = 64;
 const REPLACEMENT: char = '\u{FFFD}';
 
@@ -45,8 +47,8 @@ impl Detokenizer {
 
     /// The text that is final once `id` is known: empty while a char is incomplete.
     ///
-    /// With byte fallback a run of byte tokens is released as a whole when it ends, because the decoder
-    /// judges it as a whole: one bad byte turns all of the run into replacement characters.
+    /// With byte fallback a run of byte tokens is released as a whole when it ends, because the
+    /// decoder judges it as a whole: one bad byte turns all of the run into replacement characters.
     pub fn push(&mut self, id: u32) -> String {
         let Some(piece) = self.tokenizer.decoder_piece(id) else {
             return String::new();
@@ -87,7 +89,8 @@ impl Detokenizer {
         text
     }
 
-    /// Decodes the window, returns what is new in it, and makes the new tokens the context of the next.
+    /// Decodes the window, returns what is new in it, and makes the new tokens the context of the
+    /// next.
     fn release(&mut self, hold_replacements: bool) -> String {
         let text = self.decode(&self.window);
         let end = if hold_replacements {
@@ -108,8 +111,8 @@ impl Detokenizer {
         new
     }
 
-    /// A decoder that fails (a regular expression that overruns its limits) must not end a completion:
-    /// the pieces' own bytes are shown instead.
+    /// A decoder that fails (a regular expression that overruns its limits) must not end a
+    /// completion: the pieces' own bytes are shown instead.
     fn decode(&self, ids: &[u32]) -> String {
         self.tokenizer
             .decode(ids, self.skip_special_tokens)
@@ -145,7 +148,8 @@ mod tests {
         assert_eq!(incomplete_tail("é".as_bytes()), 0);
         assert_eq!(incomplete_tail(&[b'a', 0xC3]), 1);
         assert_eq!(incomplete_tail(&[0xF0, 0x9F, 0x98]), 3);
-        // Bad already, whatever follows: a continuation without a start, and a start that cannot be.
+        // Bad already, whatever follows: a continuation without a start, and a start that cannot
+        // be.
         assert_eq!(incomplete_tail(&[0x80]), 0);
         assert_eq!(incomplete_tail(&[0xFF]), 0);
         assert_eq!(incomplete_tail(&[0xED, 0xA0]), 0);

@@ -1,7 +1,7 @@
 //! `tojson` as chat templates see it in transformers: Python's `json.dumps(x, ensure_ascii=False)`.
 //!
-//! The separators, the float notation and the absence of HTML escaping are part of the prompt: a model was
-//! trained on exactly these bytes. minijinja's own filter escapes `<`, `>`, `&` and `'`.
+//! The separators, the float notation and the absence of HTML escaping are part of the prompt: a
+//! model was trained on exactly these bytes. minijinja's own filter escapes `<`, `>`, `&` and `'`.
 
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Error, ErrorKind};
@@ -15,7 +15,8 @@ struct Style {
     sort_keys: bool,
 }
 
-/// The `tojson` filter: `tojson(ensure_ascii=false, indent=none, separators=none, sort_keys=false)`.
+/// The `tojson` filter: `tojson(ensure_ascii=false, indent=none, separators=none,
+/// sort_keys=false)`.
 pub(super) fn tojson(
     value: &Value,
     ensure_ascii: Option<Value>,

@@ -1,8 +1,8 @@
 //! The prompt of a cartridge request to a Llama 3 model.
 //!
-//! A cartridge begins with the key and value of the one `<|begin_of_text|>` it was trained with, so the
-//! prompt behind it must not have another, nor the family's default "knowledge date" system block. This
-//! is the template Tokasaurus applies and the published cartridges were trained for.
+//! A cartridge begins with the key and value of the one `<|begin_of_text|>` it was trained with, so
+//! the prompt behind it must not have another, nor the family's default "knowledge date" system
+//! block. This is the template Tokasaurus applies and the published cartridges were trained for.
 
 use serde_json::Value;
 
@@ -13,12 +13,12 @@ use super::pystr::is_space;
 ///
 /// Each message is its header, two newlines, its content without surrounding white space and
 /// `<|eot_id|>`. `continue_final` leaves the last message open (no `<|eot_id|>`) and wins over
-/// `add_generation_prompt`, which appends an assistant header. Content is a string or a list of text parts
-/// (joined without separator).
+/// `add_generation_prompt`, which appends an assistant header. Content is a string or a list of
+/// text parts (joined without separator).
 ///
 /// # Errors
-/// [`TextError::InvalidMessages`] for a message without role or text; [`TextError::ContinueFinal`] when
-/// there is no message to continue.
+/// [`TextError::InvalidMessages`] for a message without role or text; [`TextError::ContinueFinal`]
+/// when there is no message to continue.
 pub fn llama3_cartridge_prompt(
     messages: &[Value],
     add_generation_prompt: bool,

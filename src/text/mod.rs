@@ -1,7 +1,8 @@
 //! Text in and out: tokenizer, chat template, incremental detokenizer, stop strings.
 //!
-//! Nothing here knows of requests, cartridges or the engine. All of it can run on any thread; none of it
-//! runs on the engine's (tokenising a long prompt or rendering a template would stall every sequence).
+//! Nothing here knows of requests, cartridges or the engine. All of it can run on any thread; none
+//! of it runs on the engine's (tokenising a long prompt or rendering a template would stall every
+//! sequence).
 
 mod chat_template;
 mod detokenizer;
@@ -20,8 +21,8 @@ pub use tokenizer::Tokenizer;
 
 /// What can go wrong between messages, text and token ids.
 ///
-/// Every variant but [`TextError::Tokenizer`], [`TextError::Config`] and [`TextError::TemplateSyntax`] of
-/// the model's own template is about the request, not the server.
+/// Every variant but [`TextError::Tokenizer`], [`TextError::Config`] and
+/// [`TextError::TemplateSyntax`] of the model's own template is about the request, not the server.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TextError {
     /// `tokenizer.json` cannot be used.
@@ -94,7 +95,8 @@ pub enum TextError {
         /// The names there are.
         known: Vec<String>,
     },
-    /// A key of `chat_template_kwargs` / `apply_chat_template_overrides` has a wrong type or is reserved.
+    /// A key of `chat_template_kwargs` / `apply_chat_template_overrides` has a wrong type or is
+    /// reserved.
     #[error("chat template argument `{name}` {reason}")]
     InvalidKwarg {
         /// The key.

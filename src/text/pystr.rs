@@ -23,7 +23,8 @@ pub(super) fn call_method(
     }
 }
 
-/// White space as `str.strip` and `str.split` see it: Unicode's, and the ASCII separators 0x1C to 0x1F.
+/// White space as `str.strip` and `str.split` see it: Unicode's, and the ASCII separators 0x1C to
+/// 0x1F.
 pub(super) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1C}'..='\u{1F}').contains(&c)
 }
@@ -97,10 +98,6 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
                 .find(what)
                 .ok_or_else(|| invalid("index: substring not found"))?;
             Value::from(text[..at].chars().count())
-        }
-        "casefold" => {
-            let () = from_args(args)?;
-            Value::from(text.to_lowercase())
         }
         "splitlines" => {
             let (keep, kwargs): (Option<bool>, Kwargs) = from_args(args)?;

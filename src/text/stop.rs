@@ -1,15 +1,17 @@
 //! Stop strings in a stream of text.
 //!
-//! The match that is *complete first* wins, so the result is the same however the text is cut into chunks
-//! and a match is always reported by the push that completes it. Of several that complete at the same
-//! char the longest wins (it hides all of them). Text that may still become part of a stop is withheld.
+//! The match that is *complete first* wins, so the result is the same however the text is cut into
+//! chunks and a match is always reported by the push that completes it. Of several that complete at
+//! the same char the longest wins (it hides all of them). Text that may still become part of a stop
+//! is withheld.
 
 /// What one [`StopMatcher::push`] yields.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StopPush {
     /// Text that may be shown: it holds no stop string, whole or begun.
     pub emit: String,
-    /// Index of the stop string found (in the list given to [`StopMatcher::new`]). Generation ends here.
+    /// Index of the stop string found (in the list given to [`StopMatcher::new`]). Generation ends
+    /// here.
     pub matched: Option<usize>,
 }
 
@@ -22,7 +24,8 @@ pub struct StopMatcher {
     done: bool,
 }
 
-/// One Knuth-Morris-Pratt automaton: constant amortised work per byte, whatever a client sends as stop.
+/// One Knuth-Morris-Pratt automaton: constant amortised work per byte, whatever a client sends as
+/// stop.
 #[derive(Clone, Debug)]
 struct Automaton {
     pattern: Vec<u8>,
@@ -65,7 +68,8 @@ impl Automaton {
 }
 
 impl StopMatcher {
-    /// A matcher for `stops`. The caller refuses empty stop strings; one that comes through never matches.
+    /// A matcher for `stops`. The caller refuses empty stop strings; one that comes through never
+    /// matches.
     pub fn new(stops: Vec<String>) -> Self {
         let stops = stops.into_iter().map(Automaton::new).collect();
         Self {
@@ -86,7 +90,8 @@ impl StopMatcher {
             if let Some((index, length)) = self.step(byte) {
                 self.done = true;
                 let mut emit = std::mem::take(&mut self.held);
-                // A pattern is whole UTF-8, so its first byte begins a char: this cut is on a boundary.
+                // A pattern is whole UTF-8, so its first byte begins a char: this cut is on a
+                // boundary.
                 emit.truncate(start + offset + 1 - length);
                 return StopPush {
                     emit,

@@ -1,5 +1,5 @@
-//! The tokenizer of a model: `tokenizer.json` through the `tokenizers` library, plus what serving needs and
-//! the library does not offer: the true bytes of one token.
+//! The tokenizer of a model: `tokenizer.json` through the `tokenizers` library, plus what serving
+//! needs and the library does not offer: the true bytes of one token.
 
 use std::sync::Arc;
 
@@ -7,13 +7,14 @@ use tokenizers::DecoderWrapper;
 
 use super::TextError;
 
-/// How the pieces of the vocabulary stand for bytes. Read from the decoder, which is what turns pieces
-/// back into text.
+/// How the pieces of the vocabulary stand for bytes. Read from the decoder, which is what turns
+/// pieces back into text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PieceStyle {
     /// Every char of a piece is one byte of GPT-2's alphabet (Llama 3, Qwen, Mistral Tekken).
     ByteLevel,
-    /// The same alphabet, inside a chain with other decoders: text is known only after the whole chain.
+    /// The same alphabet, inside a chain with other decoders: text is known only after the whole
+    /// chain.
     ByteLevelInChain,
     /// U+2581 is a space; `<0xNN>` pieces are bytes when `byte_fallback` (Llama 2, Gemma).
     Spaces { byte_fallback: bool },
@@ -74,8 +75,8 @@ impl Tokenizer {
 
     /// Wraps a tokenizer built by other means (from GGUF metadata).
     ///
-    /// Truncation and padding stored in the file are dropped, as transformers does: they belong to a
-    /// training script, and a server must not shorten a prompt in silence.
+    /// Truncation and padding stored in the file are dropped, as transformers does: they belong to
+    /// a training script, and a server must not shorten a prompt in silence.
     pub fn from_inner(mut inner: tokenizers::Tokenizer) -> Self {
         // Only a set truncation can be refused; clearing it cannot fail.
         let _ = inner.with_truncation(None);
@@ -126,8 +127,9 @@ impl Tokenizer {
         }
     }
 
-    /// The bytes the token stands for, not always UTF-8 on their own: the byte-level alphabet is decoded,
-    /// `<0xNN>` is that byte, U+2581 is a space, an added token is its text. Empty for an unknown id.
+    /// The bytes the token stands for, not always UTF-8 on their own: the byte-level alphabet is
+    /// decoded, `<0xNN>` is that byte, U+2581 is a space, an added token is its text. Empty for an
+    /// unknown id.
     pub fn token_bytes(&self, id: u32) -> Vec<u8> {
         if let Some(content) = self.added(id) {
             return content.as_bytes().to_vec();

@@ -1,0 +1,269 @@
+//! The engine as callers see it: continuations, log-probabilities, batches, cancellation, refusals.
+
+mod common;
+
+use cartouche::engine::{
+    EngineError, EngineHandle, EngineOptions, Event, FinishReason, GenerateRequest,
+    LogprobOptions, SampledToken, SamplingParams, TokenStream, start,
+};
+use common::ModelFixture;
+
+/// Small steps and few sequences, so that prompts are cut and requests queue.
+fn engine(fixture: &ModelFixture, max_running: usize, prefill: usize) -> EngineHandle {
+    let options = EngineOptions {
+        kv_bytes: 1 << 20,
+        max_running_sequences: max_running,
+        prefill_tokens_per_step: prefill,
+        max_queued_requests: 64,
+    };
+    start(fixture.decoder(), &options).unwrap().0
+}
+
+fn greedy(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
+    GenerateRequest {
+        prompt: prompt.to_vec(),
+        cartridges: vec![],
+        n: 1,
+        sampling: SamplingParams { temperature: 0.0, max_tokens, ..SamplingParams::default() },
+        stop_token_ids: vec![],
+        logprobs: LogprobOptions::default(),
+    }
+}
+
+/// What a stream yields, per choice, once it has ended.
+#[derive(Debug, Default, PartialEq)]
+struct Outcome {
+    prompt: Vec<Option<SampledToken>>,
+    tokens: Vec<Vec<SampledToken>>,
+    reasons: Vec<Option<FinishReason>>,
+}
+
+impl Outcome {
+    fn ids(&self, choice: usize) -> Vec<u32> {
+        self.tokens[choice].iter().map(|t| t.id).collect()
+    }
+}
+
+fn collect(mut stream: TokenStream, n: usize) -> Result<Outcome, EngineError> {
+    let mut outcome =
+        Outcome { tokens: vec![vec![]; n], reasons: vec![None; n], ..Outcome::default() };
+    while let Some(event) = stream.blocking_next() {
+        match event {
+            Event::PromptDone { logprobs, .. } => outcome.prompt = logprobs,
+            Event::Token { choice, token } => outcome.tokens[choice].push(token),
+            Event::Finished { choice, reason } => outcome.reasons[choice] = Some(reason),
+            Event::Failed(error) => return Err(error),
+        }
+    }
+    Ok(outcome)
+}
+
+#[test]
+fn continuations_match_transformers_in_one_mixed_batch() {
+    for fixture in common::model_fixtures(|name| !name.starts_with("gguf")) {
+        let engine = engine(&fixture, 5, 7);
+        let mut running = Vec::new();
+        for case in fixture.cases() {
+            for (prompt, want) in fixture.prompts().iter().zip(fixture.greedy(&case)) {
+                let mut request = greedy(prompt, want.len());
+                request.cartridges = fixture.cartridges(&case);
+                running.push((case.clone(), want, engine.submit(request).unwrap()));
+            }
+        }
+        for (case, want, stream) in running {
+            let got = collect(stream, 1).unwrap();
+            assert_eq!(got.ids(0), want, "{} {case}", fixture.name);
+            assert_eq!(got.reasons[0], Some(FinishReason::Length));
+        }
+        assert_eq!(engine.stats().total_blocks, engine.info().kv_tokens / 16);
+    }
+}
+
+/// Scoring a prompt and the first generated token gives every row of the logits through the paged path.
+#[test]
+fn logprobs_match_the_log_softmax_of_transformers_logits() {
+    for fixture in common::model_fixtures(|name| ["llama3", "qwen3"].contains(&name)) {
+        let engine = engine(&fixture, 4, 9);
+        let vocab = engine.info().vocab_size;
+        for case in fixture.cases() {
+            for (i, prompt) in fixture.prompts().iter().enumerate() {
+                let mut request = greedy(prompt, 1);
+                request.cartridges = fixture.cartridges(&case);
+                request.logprobs =
+                    LogprobOptions { top: vocab, prompt_top: Some(vocab), ..Default::default() };
+                let got = collect(engine.submit(request).unwrap(), 1).unwrap();
+                assert_eq!(got.prompt.len(), prompt.len());
+                assert_eq!(got.prompt[0], None);
+                let rows = got.prompt.iter().skip(1).flatten().chain(&got.tokens[0]);
+                let rows: Vec<&SampledToken> = rows.collect();
+                let expected = fixture.logits(&case, i);
+                for (row, logits) in rows[rows.len() - expected.len()..].iter().zip(expected) {
+                    let max = logits.iter().copied().fold(f32::MIN, f32::max);
+                    let lse = max + logits.iter().map(|l| (l - max).exp()).sum::<f32>().ln();
+                    assert_eq!(row.top.len(), vocab);
+                    for (id, logprob) in &row.top {
+                        let difference = (logprob - (logits[*id as usize] - lse)).abs();
+                        assert!(difference <= 2e-4, "{} {case}: {difference}", fixture.name);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Invariant 9: what else is in the batch changes nothing.
+#[test]
+fn a_seeded_request_gives_the_same_tokens_alone_and_in_a_batch() {
+    for fixture in common::model_fixtures(|name| ["qwen2", "mistral"].contains(&name)) {
+        let requests: Vec<GenerateRequest> = (0..12)
+            .map(|i| {
+                let prompts = fixture.prompts();
+                let mut request = greedy(&prompts[i % prompts.len()], 10 + i);
+                request.sampling.temperature = 0.8 + i as f32 / 10.0;
+                request.sampling.top_p = if i % 2 == 0 { 0.9 } else { 1.0 };
+                request.sampling.seed = Some(i as u64);
+                request.n = 1 + i % 3;
+                request.cartridges = match i % 2 {
+                    0 => vec![],
+                    _ => fixture.cartridges("prefix24"),
+                };
+                request.logprobs.top = 3;
+                request
+            })
+            .collect();
+        let alone: Vec<Outcome> = requests
+            .iter()
+            .map(|r| collect(engine(&fixture, 1, 64).submit(r.clone()).unwrap(), r.n).unwrap())
+            .collect();
+        let together = engine(&fixture, 9, 5);
+        let streams: Vec<_> =
+            requests.iter().map(|r| (together.submit(r.clone()).unwrap(), r.n)).collect();
+        for ((stream, n), alone) in streams.into_iter().zip(alone) {
+            let batched = collect(stream, n).unwrap();
+            for choice in 0..n {
+                assert_eq!(batched.ids(choice), alone.ids(choice), "{}", fixture.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn stop_tokens_end_a_choice_but_not_before_min_tokens() {
+    let fixture = &common::model_fixtures(|name| name == "qwen2")[0];
+    let engine = engine(fixture, 4, 64);
+    let prompt = &fixture.prompts()[1];
+    let free = fixture.greedy("base")[1].clone();
+    let stop = free[3];
+    let first = free.iter().position(|id| *id == stop).unwrap();
+    let mut request = greedy(prompt, 24);
+    request.stop_token_ids = vec![stop];
+    let got = collect(engine.submit(request.clone()).unwrap(), 1).unwrap();
+    assert_eq!(got.ids(0), free[..=first]);
+    assert_eq!(got.reasons[0], Some(FinishReason::Stop));
+
+    request.sampling.min_tokens = 10;
+    let got = collect(engine.submit(request.clone()).unwrap(), 1).unwrap();
+    assert!(!got.ids(0)[..10].contains(&stop));
+
+    // At the limit the reason is the limit, even when the last token is a stop token.
+    request.sampling.min_tokens = 0;
+    request.sampling.max_tokens = first + 1;
+    let got = collect(engine.submit(request).unwrap(), 1).unwrap();
+    assert_eq!(got.reasons[0], Some(FinishReason::Length));
+}
+
+#[test]
+fn dropping_a_stream_frees_its_blocks_and_others_go_on() {
+    let fixture = &common::model_fixtures(|name| name == "llama")[0];
+    let engine = engine(fixture, 3, 16);
+    let prompt = &fixture.prompts()[1];
+    let mut dropped = engine.submit(greedy(prompt, 60)).unwrap();
+    let kept = engine.submit(greedy(prompt, 24)).unwrap();
+    let waiting: Vec<_> = (0..4).map(|_| engine.submit(greedy(prompt, 60)).unwrap()).collect();
+    assert!(matches!(dropped.blocking_next(), Some(Event::PromptDone { .. })));
+    drop(dropped);
+    drop(waiting);
+    assert_eq!(collect(kept, 1).unwrap().ids(0), fixture.greedy("base")[1]);
+    for _ in 0..200 {
+        let stats = engine.stats();
+        if (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0) {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    panic!("blocks were not freed: {:?}", engine.stats());
+}
+
+#[test]
+fn one_choice_can_be_cancelled_while_the_others_finish() {
+    let fixture = &common::model_fixtures(|name| name == "llama")[0];
+    let engine = engine(fixture, 4, 16);
+    let mut request = greedy(&fixture.prompts()[1], 30);
+    request.n = 2;
+    let stream = engine.submit(request).unwrap();
+    stream.cancel_choice(1);
+    let got = collect(stream, 2).unwrap();
+    assert_eq!((got.tokens[0].len(), got.reasons[0]), (30, Some(FinishReason::Length)));
+    assert!(got.tokens[1].len() < 30 && got.reasons[1].is_none());
+}
+
+#[test]
+fn what_can_never_run_is_refused_at_once() {
+    let fixture = &common::model_fixtures(|name| name == "llama")[0];
+    let engine = engine(fixture, 2, 16);
+    let limit = engine.info().max_context;
+    let refused = |change: &dyn Fn(&mut GenerateRequest)| {
+        let mut request = greedy(&[1, 2, 3], 4);
+        change(&mut request);
+        engine.submit(request).unwrap_err()
+    };
+    let field = |error: EngineError| match error {
+        EngineError::InvalidRequest { field, .. } => field,
+        other => panic!("{other}"),
+    };
+    assert_eq!(field(refused(&|r| r.prompt.clear())), "prompt");
+    assert_eq!(field(refused(&|r| r.prompt[1] = 1 << 20)), "prompt");
+    assert_eq!(field(refused(&|r| r.n = 0)), "n");
+    assert_eq!(field(refused(&|r| r.sampling.max_tokens = 0)), "max_tokens");
+    let too_long = |error| matches!(error, EngineError::TooLong { .. });
+    assert!(too_long(refused(&|r| r.sampling.max_tokens = limit)));
+    assert!(too_long(refused(&|r| r.sampling.max_tokens = usize::MAX)));
+    // Cartridge tokens count: what fits exactly without one does not with one.
+    let exact = engine.info().max_context.min(engine.info().kv_tokens) - 3;
+    let mut request = greedy(&[1, 2, 3], exact);
+    drop(engine.submit(request.clone()).unwrap());
+    if engine.info().max_context <= engine.info().kv_tokens {
+        request.cartridges = fixture.cartridges("prefix5");
+        assert!(matches!(
+            engine.submit(request).unwrap_err(),
+            EngineError::TooLong { cartridge: 5, .. }
+        ));
+    }
+    let other = &common::model_fixtures(|name| name == "qwen2")[0];
+    assert_eq!(field(refused(&|r| r.cartridges = other.cartridges("prefix5"))), "cartridges");
+}
+
+#[test]
+fn a_full_queue_refuses_and_recovers() {
+    let fixture = &common::model_fixtures(|name| name == "llama")[0];
+    let options = EngineOptions {
+        kv_bytes: 1 << 20,
+        max_running_sequences: 1,
+        prefill_tokens_per_step: 16,
+        max_queued_requests: 3,
+    };
+    let engine = start(fixture.decoder(), &options).unwrap().0;
+    let mut accepted = Vec::new();
+    let refused = loop {
+        match engine.submit(greedy(&[1, 2, 3], 40)) {
+            Ok(stream) => accepted.push(stream),
+            Err(error) => break error,
+        }
+        assert!(accepted.len() < 50);
+    };
+    assert!(matches!(refused, EngineError::QueueFull { limit: 3, .. }), "{refused}");
+    for stream in accepted {
+        assert_eq!(collect(stream, 1).unwrap().tokens[0].len(), 40);
+    }
+    assert!(engine.submit(greedy(&[1, 2, 3], 4)).is_ok());
+}
