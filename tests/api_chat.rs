@@ -137,7 +137,10 @@ async fn the_fingerprint_packs_what_logprobs_show() {
     let plain = json!({"logprobs_in_fingerprint": true, "max_tokens": 2, "ignore_eos": true});
     let plain = server.chat(plain).await.ok();
     let plain = self::fingerprint(&plain);
-    assert_eq!(STANDARD.decode(plain["packed_chosen_logprobs"][0].as_str().unwrap()).unwrap().len(), 8);
+    assert_eq!(
+        STANDARD.decode(plain["packed_chosen_logprobs"][0].as_str().unwrap()).unwrap().len(),
+        8
+    );
     assert!(plain["packed_topk_indices"].is_null());
 }
 
@@ -149,7 +152,9 @@ async fn logprobs_can_ignore_the_temperature() {
                "top_logprobs": 3, "logprobs_ignore_temperature": ignore, "ignore_eos": true})
     };
     let top = |reply: Value| {
-        reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["logprob"].as_f64().unwrap()
+        reply["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["logprob"]
+            .as_f64()
+            .unwrap()
     };
     let greedy = top(server.chat(body(0.0, false)).await.ok());
     let hot = top(server.chat(body(3.0, false)).await.ok());
@@ -193,7 +198,8 @@ async fn cartridges_are_named_in_every_supported_way() {
     assert_eq!(body["cartridges"], json!([{"id": "alpha", "generation": generation, "tokens": 7}]));
     assert_eq!(body["usage"]["prompt_tokens_details"]["cartridge_tokens"], 7);
     assert_eq!(body["usage"]["prompt_tokens"], plain.ok()["usage"]["prompt_tokens"]);
-    let logprob = |r: &Value| r["choices"][0]["logprobs"]["content"][0]["logprob"].as_f64().unwrap();
+    let logprob =
+        |r: &Value| r["choices"][0]["logprobs"]["content"][0]["logprob"].as_f64().unwrap();
     assert!((logprob(&body) - logprob(&plain.ok())).abs() > 1e-6, "the cartridge is attended to");
 
     let request = json!({
@@ -215,10 +221,13 @@ async fn cartridges_are_named_in_every_supported_way() {
                {"role": "user", "content": "Hello, who are you?"}])
     };
     let block = r#"<cartridge>{"id": "alpha", "source": "local"}</cartridge>"#;
-    let by_block = server.chat(json!({"logprobs": true, "messages": messages(block),
-                                      "cartridges": [{"id": "beta", "source": "local"}]})).await;
-    let by_list =
-        server.chat(json!({"logprobs": true, "messages": messages(""), "cartridges": alpha()})).await;
+    let by_block = server
+        .chat(json!({"logprobs": true, "messages": messages(block),
+                                      "cartridges": [{"id": "beta", "source": "local"}]}))
+        .await;
+    let by_list = server
+        .chat(json!({"logprobs": true, "messages": messages(""), "cartridges": alpha()}))
+        .await;
     assert_eq!(by_block.ok()["choices"], by_list.ok()["choices"]);
     assert!(by_block.header("x-cartouche-warnings").contains("replace the cartridges list"));
 }
@@ -231,6 +240,9 @@ async fn several_cartridges_keep_the_order_of_the_request_unless_sorted() {
         let list = reply["cartridges"].as_array().unwrap().clone();
         list.iter().map(|c| c["id"].as_str().unwrap().to_owned()).collect()
     };
+    let two_sources = json!([{"id": "alpha", "source": "local"}, {"id": "alpha"}]);
+    let reply = Server::shared().chat(json!({"cartridges": two_sources})).await.ok();
+    assert_eq!(ids(reply), ["alpha"]);
     let reply = Server::shared().chat(json!({"cartridges": both})).await.ok();
     assert_eq!(reply["usage"]["prompt_tokens_details"]["cartridge_tokens"], 12);
     assert_eq!(ids(reply), ["beta", "alpha"]);
@@ -264,7 +276,10 @@ async fn an_unusable_cartridge_is_an_error_on_every_path() {
     ] {
         let reply = server.chat(extra).await;
         assert_eq!(reply.error().0, 404);
-        assert_eq!((reply.error().1.as_str(), reply.code().as_str()), ("cartridges", "cartridge_not_found"));
+        assert_eq!(
+            (reply.error().1.as_str(), reply.code().as_str()),
+            ("cartridges", "cartridge_not_found")
+        );
     }
     let broken = json!([{"role": "system", "content": "<cartridge>{\"name\": 1}</cartridge>"}]);
     assert_eq!(server.chat(json!({"messages": broken})).await.error().1, "messages[0].content");
@@ -328,7 +343,10 @@ async fn refusals_name_the_field() {
     let server = Server::shared();
     for (extra, param) in [
         (json!({"messages": []}), "messages"),
-        (json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), "messages[0].content[0].type"),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+            "messages[0].content[0].type",
+        ),
         (json!({"response_format": {"type": "json_object"}}), "response_format"),
         (json!({"tool_choice": "required"}), "tool_choice"),
         (json!({"top_logprobs": 5}), "top_logprobs"),
@@ -341,6 +359,8 @@ async fn refusals_name_the_field() {
         (json!({"cartridges": [{"source": "local"}]}), "cartridges[0]"),
         (json!({"cartridges": [{"id": ""}]}), "cartridges[0].id"),
         (json!({"chat_template": "{{ 1 +"}), ""),
+        (json!({"model": "x".repeat(2000)}), "model"),
+        (json!({"min_tokens": 9}), "min_tokens"),
     ] {
         let (status, at, message) = server.chat(extra.clone()).await.error();
         assert_eq!((status, at.as_str()), (400, param), "{extra}: {message}");

@@ -29,10 +29,7 @@ async fn chunks_add_up_to_the_whole_reply() {
     assert!(reply.header("content-type").starts_with("text/event-stream"));
     let events = reply.events();
     for index in 0..2 {
-        let of: Vec<&Value> = events
-            .iter()
-            .filter(|e| e["choices"][0]["index"] == index)
-            .collect();
+        let of: Vec<&Value> = events.iter().filter(|e| e["choices"][0]["index"] == index).collect();
         assert_eq!(of[0]["choices"][0]["delta"]["role"], "assistant");
         let content: String = of.iter().map(|e| delta(e)).collect();
         let expected = &whole["choices"][index];
@@ -47,7 +44,9 @@ async fn chunks_add_up_to_the_whole_reply() {
         let last = of.last().unwrap();
         assert_eq!(last["choices"][0]["finish_reason"], "length");
         assert_eq!(last["choices"][0]["delta"], json!({}));
-        assert!(of.iter().all(|e| e["object"] == "chat.completion.chunk" && e["id"] == of[0]["id"]));
+        assert!(
+            of.iter().all(|e| e["object"] == "chat.completion.chunk" && e["id"] == of[0]["id"])
+        );
         assert!(of.len() > 10, "one chunk per token");
     }
     let usage = events.last().unwrap();

@@ -44,10 +44,7 @@ pub async fn completions(
     Ok(with_headers(response, headers))
 }
 
-async fn prepare(
-    state: &AppState,
-    body: RequestBody<ChatFields>,
-) -> Result<Prepared, ApiError> {
+async fn prepare(state: &AppState, body: RequestBody<ChatFields>) -> Result<Prepared, ApiError> {
     let started = Instant::now();
     let RequestBody { own, common, ignored } = body;
     let mut notes = Notes { ignored, warnings: Vec::new() };
@@ -62,8 +59,7 @@ async fn prepare(
     if !blocks.is_empty() && !list.is_empty() {
         notes.warnings.push("<cartridge> blocks replace the cartridges list".to_owned());
     }
-    let references =
-        cartridges::collect(suffix, blocks, list, state.options.sort_cartridges)?;
+    let references = cartridges::collect(suffix, blocks, list, state.options.sort_cartridges)?;
     let has_cartridges = !references.is_empty();
     let add_special = settings.add_special_tokens.unwrap_or(false);
     let (leases, (prompt, unused)) =

@@ -32,10 +32,12 @@ impl TokenWriter {
         match self.style {
             TokenStyle::Id => format!("token_id:{id}"),
             TokenStyle::Piece => self.tokenizer.token_string(id),
-            TokenStyle::Text => String::from_utf8(self.tokenizer.token_bytes(id)).unwrap_or_else(|e| {
-                let hex = |b: &u8| format!("\\x{b:02x}");
-                format!("bytes:{}", e.as_bytes().iter().map(hex).collect::<String>())
-            }),
+            TokenStyle::Text => {
+                String::from_utf8(self.tokenizer.token_bytes(id)).unwrap_or_else(|e| {
+                    let hex = |b: &u8| format!("\\x{b:02x}");
+                    format!("bytes:{}", e.as_bytes().iter().map(hex).collect::<String>())
+                })
+            }
         }
     }
 
@@ -48,7 +50,11 @@ impl TokenWriter {
                 id: t.id,
                 bytes: self.tokenizer.token_bytes(t.id),
                 logprob: finite(t.logprob),
-                top_logprobs: t.top.iter().map(|&(id, logprob)| self.alternative(id, logprob)).collect(),
+                top_logprobs: t
+                    .top
+                    .iter()
+                    .map(|&(id, logprob)| self.alternative(id, logprob))
+                    .collect(),
             })
             .collect();
         ChatLogprobs { content, refusal: None }

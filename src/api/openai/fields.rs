@@ -174,7 +174,10 @@ impl<F: DeserializeOwned> RequestBody<F> {
         if ignored.iter().any(|key| key == "echo") {
             // Completions have it of their own; in chat it would show the last message before the reply.
             if parse::<ChatEcho>(json)?.echo == Some(true) {
-                return Err(ApiError::unsupported("echo", "only /v1/completions echoes its prompt"));
+                return Err(ApiError::unsupported(
+                    "echo",
+                    "only /v1/completions echoes its prompt",
+                ));
             }
             ignored.retain(|key| key != "echo");
         }
