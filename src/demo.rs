@@ -2,8 +2,60 @@
 //!
 //! Everything is embedded in the binary, so that the first start needs no download.
 
+use serde::Deserialize;
+
 /// Name the demo model is served under.
 pub const MODEL_NAME: &str = "cartouche-demo";
+
+/// A demo document with its held-out questions and the cartridge that stands for it.
+#[derive(Debug)]
+pub struct Document {
+    /// Also the id of its cartridge.
+    pub name: &'static str,
+    pub text: &'static str,
+    questions: &'static str,
+    /// A cartridge file.
+    pub cartridge: &'static [u8],
+}
+
+macro_rules! document {
+    ($name:literal) => {
+        Document {
+            name: $name,
+            text: include_str!(concat!("../assets/demo/documents/", $name, "/document.txt")),
+            questions: include_str!(concat!("../assets/demo/documents/", $name, "/questions.json")),
+            cartridge: include_bytes!(concat!("../assets/demo/cartridges/", $name, ".safetensors")),
+        }
+    };
+}
+
+/// The documents, the one shown to newcomers first.
+pub const DOCUMENTS: &[Document] = &[document!("harbour-log"), document!("expedition")];
+
+/// Questions about one document.
+#[derive(Debug, Deserialize)]
+pub struct Questions {
+    pub title: String,
+    /// The whole answer to a question that cannot be answered.
+    pub refusal: String,
+    pub questions: Vec<Question>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Question {
+    pub question: String,
+    /// The exact answer, or the refusal.
+    pub answer: String,
+    /// Whether the document holds the answer.
+    pub in_document: bool,
+}
+
+impl Document {
+    /// The questions; an error means the embedded file is broken.
+    pub fn questions(&self) -> Result<Questions, serde_json::Error> {
+        serde_json::from_str(self.questions)
+    }
+}
 
 /// A file of the demo model by its name in the repository.
 pub fn model_file(name: &str) -> Option<&'static [u8]> {

@@ -1,12 +1,13 @@
-//! Cartridge files: what PyTorch writes is read exactly, what we write is read back and by PyTorch, and
-//! nothing hostile does more than give an error. Fixtures: `scripts/fixtures/cartridges.py`.
+//! Cartridge files: what PyTorch writes is read exactly, and what we write is read back, by us and
+//! (see `scripts/fixtures/check_torch_loads.py`) by PyTorch. Fixtures:
+//! `scripts/fixtures/cartridges.py`.
 
 use std::{fs, path::PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use cartouche::cartridge::{
     Cartridge, CartridgeError, KvShape, LayerKv, Naming, Provenance, TorchStyle, read_cartridge,
-    read_cartridge_bytes, validate, write_safetensors, write_torch,
+    validate, write_safetensors, write_torch,
 };
 
 const MAX_BYTES: u64 = 1 << 20;
@@ -24,12 +25,6 @@ fn fixtures(kind: &str) -> PathBuf {
 
 fn good(name: &str) -> Cartridge {
     read_cartridge(&fixtures("good").join(format!("{name}.pt")), MAX_BYTES).unwrap()
-}
-
-fn hostile(name: &str) -> CartridgeError {
-    let path = fixtures("hostile").join(name);
-    let read = read_cartridge(&path, MAX_BYTES).and_then(|c| validate(&c, &MODEL));
-    read.expect_err(name)
 }
 
 /// The numbers of all fixtures; see `code` in the script.
@@ -289,111 +284,6 @@ fn cartridges_that_disagree_with_themselves_are_refused() {
 }
 
 #[test]
-fn forbidden_names_are_refused_by_name() {
-    for (file, name) in [
-        ("system.pt", "posix.system"),
-        ("eval4.pt", "builtins.eval"),
-        ("getattr.pt", "__builtin__.getattr"),
-        ("torch_load.pt", "torch.load"),
-        ("dotted.pt", "torch.serialization.load"),
-    ] {
-        match hostile(file) {
-            CartridgeError::Forbidden {
-                global,
-                name: shown,
-            } => {
-                assert_eq!((global.as_str(), shown.as_str()), (name, file))
-            }
-            other => panic!("{file}: {other}"),
-        }
-    }
-}
-
-/// Each hostile file gives an `Invalid` error that says what is wrong.
-#[test]
-fn every_lie_is_told_apart() {
-    for (file, reason) in [
-        ("instance.pt", "opcode 0x69"),
-        ("extension.pt", "opcode 0x82"),
-        ("recursive.pt", "top level"),
-        ("recursive_state.pt", "top level"),
-        ("no_stop.pt", "without STOP"),
-        ("half_pickle.pt", "pickle byte"),
-        ("long_string.pt", "pickle byte 2: a string longer"),
-        ("long_string8.pt", "pickle byte 2: a string longer"),
-        ("frame.pt", "a frame longer"),
-        ("not_a_dict.pt", "top level"),
-        ("huge_shape.pt", "expected [1, 2, 2147483647, 4]"),
-        ("huge_stride.pt", "leaves its storage"),
-        ("overflow.pt", "leaves its storage"),
-        ("negative_stride.pt", "negative size, offset or stride -4"),
-        ("zero_stride.pt", "expected [1, 2, 65535, 4]"),
-        ("offset.pt", "leaves its storage"),
-        ("negative_offset.pt", "negative size, offset or stride -1"),
-        (
-            "huge_storage.pt",
-            "claims 2147483647 elements, has 64 bytes",
-        ),
-        ("batch_two.pt", "shape [2, 1, 4, 4]"),
-        ("fewer_strides.pt", "as many sizes as strides"),
-        ("missing_storage.pt", "storage `0` is missing"),
-        ("short_storage.pt", "claims 32 elements, has 63 bytes"),
-        ("big_endian.pt", "byte order `big`"),
-        ("no_pickle.pt", "exactly one data.pkl"),
-        ("compressed.pt", "compressed"),
-        ("two_stems.pt", "different folders"),
-        ("two_pickles.pt", "exactly one data.pkl"),
-        ("duplicate.pt", "several records of one name"),
-        ("size_lie.pt", "claims 2147483647 bytes"),
-        ("bomb_size.pt", "claims 2147483647 bytes in 64"),
-        ("overlap.pt", "overlap"),
-        ("checksum.pt", "checksum"),
-        ("nan.pt", "layer 1 values: element"),
-        ("infinite.pt", "layer 0 keys: element 0"),
-        ("layers_disagree.pt", "layers of"),
-        ("frozen_layers.pt", "1 layers of frozen keys, but 2"),
-        ("frozen_values_missing.pt", "frozen tokens are missing"),
-        (
-            "shape_disagrees.pt",
-            "layer 1 values: shape [1, 2, 5, 4], expected [1, 2, 4, 4]",
-        ),
-        (
-            "type_disagrees.pt",
-            "layer 1 values: type F32, expected BF16",
-        ),
-        ("batch_of_two.pt", "shape [2, 2, 4, 4]"),
-        ("three_axes.pt", "shape [2, 4, 4], expected [1, kv_heads"),
-        ("double.pt", "type float64"),
-        ("no_keys.pt", "no `trainable_keys`"),
-        ("text.pt", "no tensor"),
-        ("no_layers.pt", "no layers"),
-        ("no_tokens.pt", "0 tokens"),
-        ("legacy.pt", "neither a torch zip nor safetensors"),
-        ("empty.pt", "shorter than"),
-        ("garbage.pt", "open the zip"),
-    ] {
-        match hostile(file) {
-            CartridgeError::Invalid { reason: told, name } => {
-                assert!(
-                    told.contains(reason),
-                    "{file}: expected `{reason}`, got `{told}`"
-                );
-                assert_eq!(
-                    name == file,
-                    !["nan.pt", "infinite.pt"].contains(&file),
-                    "{name}"
-                );
-            }
-            other => panic!("{file}: {other:?}"),
-        }
-    }
-    match hostile("sharing.pt") {
-        CartridgeError::TooLarge { what, .. } => assert!(what.contains("share"), "{what}"),
-        other => panic!("{other:?}"),
-    }
-}
-
-#[test]
 fn another_models_cartridge_is_a_mismatch() {
     let error = validate(&good("eleven_layers_bf16"), &MODEL).unwrap_err();
     let CartridgeError::Mismatch {
@@ -428,133 +318,4 @@ fn limits_are_checked_before_reading() {
         panic!("{error:?}");
     };
     assert_eq!(name, "absent.pt");
-}
-
-fn safetensors_bytes() -> Vec<u8> {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("x.safetensors");
-    write_safetensors(&path, &good("list_bf16")).unwrap();
-    fs::read(path).unwrap()
-}
-
-#[test]
-fn dishonest_safetensors_are_told_apart() {
-    let bytes = safetensors_bytes();
-    let with = |old: &str, new: &str| {
-        assert_eq!(old.len(), new.len());
-        let at = bytes
-            .windows(old.len())
-            .position(|w| w == old.as_bytes())
-            .expect(old);
-        let mut changed = bytes.clone();
-        changed[at..at + old.len()].copy_from_slice(new.as_bytes());
-        changed
-    };
-    let mut flipped = bytes.clone();
-    *flipped.last_mut().unwrap() ^= 1;
-    let length = |n: u64| [&n.to_le_bytes()[..], &bytes[8..]].concat();
-    let longer = [&bytes[..], b"x"].concat();
-    let cases = [
-        (flipped, "digest"),
-        (
-            with("\"tokens\":\"5\"", "\"tokens\":\"6\""),
-            "says 6 tokens",
-        ),
-        (
-            with("\"frozen_tokens\":\"1\"", "\"frozen_tokens\":\"0\""),
-            "digest",
-        ),
-        (
-            with("\"frozen_tokens\":\"1\"", "\"frozen_tokens\":\"x\""),
-            "no number as `frozen_tokens`",
-        ),
-        (
-            with("cartouche.cartridge", "cartouche.cartridgX"),
-            "no cartridge",
-        ),
-        (
-            with("\"format_version\":\"1\"", "\"format_version\":\"2\""),
-            "format version",
-        ),
-        (
-            with("layers.1.values", "layers.1.valueZ"),
-            "layer 1: values are missing",
-        ),
-        (with("layers.1.keys", "layers.2.keys"), "belong to no layer"),
-        (with("\"BF16\"", "\"I16\" "), "type I16"),
-        (length(u64::MAX), "neither a torch zip"),
-        (length(3 << 20), "safetensors"),
-        (length(2), "safetensors"),
-        (longer, "safetensors"),
-        (bytes[..bytes.len() - 1].to_vec(), "safetensors"),
-    ];
-    for (bytes, reason) in cases {
-        match read_cartridge_bytes(&bytes, "x") {
-            Err(CartridgeError::Invalid { reason: told, .. }) => {
-                assert!(told.contains(reason), "expected `{reason}`, got `{told}`")
-            }
-            other => panic!("expected `{reason}`, got {other:?}"),
-        }
-    }
-}
-
-#[test]
-fn no_truncation_is_read_as_a_cartridge() {
-    for name in ["list_bf16", "parameters_bf16"] {
-        let bytes = fs::read(fixtures("good").join(format!("{name}.pt"))).unwrap();
-        for len in 0..bytes.len() {
-            assert!(
-                read_cartridge_bytes(&bytes[..len], "x").is_err(),
-                "{name} cut at {len}"
-            );
-        }
-    }
-    let bytes = safetensors_bytes();
-    for len in 0..bytes.len() {
-        assert!(
-            read_cartridge_bytes(&bytes[..len], "x").is_err(),
-            "safetensors cut at {len}"
-        );
-    }
-}
-
-/// Thousands of damaged files: whatever comes out, it is an answer, and a file that still reads is sound.
-#[test]
-fn no_mutation_makes_the_reader_panic() {
-    use rand::{RngExt, SeedableRng};
-    let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(7);
-    let read = |name: &str| fs::read(fixtures("good").join(name)).unwrap();
-    let files = [
-        read("list_bf16.pt"),
-        read("parameters_bf16.pt"),
-        read("views_bf16.pt"),
-        read("extra_keys_bf16.pt"),
-        read("protocol4_bf16.pt"),
-        safetensors_bytes(),
-    ];
-    let (mut refused, mut accepted) = (0, 0);
-    for round in 0..3000 {
-        let mut bytes = files[round % files.len()].clone();
-        for _ in 0..random.random_range(1..4) {
-            let at = random.random_range(0..bytes.len());
-            match random.random_range(0..4) {
-                0 => bytes[at] ^= 1 << random.random_range(0..8),
-                1 => bytes[at] = random.random(),
-                2 => drop(bytes.remove(at)),
-                _ => bytes.insert(at, random.random()),
-            }
-        }
-        match read_cartridge_bytes(&bytes, "x") {
-            Ok(cartridge) => {
-                accepted += 1;
-                assert_eq!((cartridge.tokens(), cartridge.shape()), (5, MODEL));
-            }
-            Err(_) => refused += 1,
-        }
-    }
-    // Padding and unused header fields may change without harm; most changes must be noticed.
-    assert!(
-        refused > 1500 && accepted > 0,
-        "{refused} refused, {accepted} accepted"
-    );
 }

@@ -90,9 +90,9 @@ pub struct Cartridge {
 impl Cartridge {
     /// Checks that all layers agree and computes the generation.
     ///
-    /// Keys and values are `[kv_heads, tokens, head_dim]`, of one floating-point type (f16, bf16, f32) over
-    /// all layers; a bias is `[kv_heads, tokens]` f32. Whether numbers are finite is checked by
-    /// [`super::validate`], not here.
+    /// Keys and values are `[kv_heads, tokens, head_dim]`, of one floating-point type (f16, bf16,
+    /// f32) over all layers; a bias is `[kv_heads, tokens]` f32. Whether numbers are finite is
+    /// checked by [`super::validate`], not here.
     ///
     /// # Errors
     /// [`CartridgeError::Invalid`] names the layer and tensor that disagrees;
@@ -200,8 +200,9 @@ impl Cartridge {
         self.generation
     }
 
-    /// The cartridge on another device or in another type. It keeps its generation: identity is that of the
-    /// stored content, not of what a device makes of it. Tensors that need no change are shared.
+    /// The cartridge on another device or in another type. It keeps its generation: identity is
+    /// that of the stored content, not of what a device makes of it. Tensors that need no change
+    /// are shared.
     pub fn to(&self, device: &Device, dtype: DType) -> Result<Self, CartridgeError> {
         let moved = |t: &Tensor, dtype| t.to_device(device).and_then(|t| t.to_dtype(dtype));
         let layers = self.layers.iter().map(|layer| {
@@ -226,7 +227,8 @@ impl Cartridge {
         })
     }
 
-    /// The digest of the tensors as they are now; differs from [`Self::generation`] after a change of type.
+    /// The digest of the tensors as they are now; differs from [`Self::generation`] after a change
+    /// of type.
     pub(super) fn present_generation(&self) -> Result<Generation, CartridgeError> {
         digest(
             &self.layers,
@@ -282,11 +284,12 @@ fn check_tensor(
     Ok(())
 }
 
-/// Changes when the layout of the digested bytes does, so that old digests can never be taken for new ones.
+/// Changes when the layout of the digested bytes does, so that old digests can never be taken for
+/// new ones.
 const DIGEST_HEADER: &[u8] = b"cartouche cartridge v1\0";
 
-/// SHA-256 over a header (sizes, type, frozen tokens, which layers have a bias; little-endian u64 each) and
-/// every layer's keys, values and bias as little-endian bytes in canonical order.
+/// SHA-256 over a header (sizes, type, frozen tokens, which layers have a bias; little-endian u64
+/// each) and every layer's keys, values and bias as little-endian bytes in canonical order.
 fn digest(
     layers: &[LayerKv],
     shape: KvShape,
@@ -320,8 +323,8 @@ impl LayerKv {
 #[cfg(target_endian = "big")]
 compile_error!("cartridge files and digests are little-endian; byte swapping is not written");
 
-/// Lends the elements of a tensor as little-endian bytes in row-major order, copying only what is not
-/// contiguous or not in host memory.
+/// Lends the elements of a tensor as little-endian bytes in row-major order, copying only what is
+/// not contiguous or not in host memory.
 pub(super) fn with_bytes<T>(
     tensor: &Tensor,
     use_bytes: impl FnOnce(&[u8]) -> T,

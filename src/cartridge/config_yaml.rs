@@ -21,8 +21,8 @@ pub struct ConfigYaml {
 /// [`write_config_yaml`] wrote it. Python tags are read over; nothing is executed.
 ///
 /// # Errors
-/// A sentence for a warning: a file that is too large or no YAML says nothing, and is no reason to refuse
-/// the cartridge.
+/// A sentence for a warning: a file that is too large or no YAML says nothing, and is no reason to
+/// refuse the cartridge.
 pub fn read_config_yaml(text: &str) -> Result<ConfigYaml, String> {
     if text.len() as u64 > limits::MAX_CONFIG_YAML_BYTES {
         let limit = limits::MAX_CONFIG_YAML_BYTES;

@@ -4,8 +4,8 @@ use super::{Source, artifact::Generation};
 
 /// Why a cartridge cannot be read, used or lent.
 ///
-/// Errors are `Clone` because all requests that wait for one load get the same answer. None of them shows
-/// a path of the server: `name` is the id of a request, or the file name given to a reader.
+/// Errors are `Clone` because all requests that wait for one load get the same answer. None of them
+/// shows a path of the server: `name` is the id of a request, or the file name given to a reader.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum CartridgeError {
     /// The id itself can never name a cartridge.
@@ -19,8 +19,8 @@ pub enum CartridgeError {
     Invalid { name: String, reason: String },
     /// The file asks for a Python object that no cartridge needs. Nothing was executed.
     #[error(
-        "cartridge `{name}` was refused: its pickle names `{global}`, which is not on the list of what a \
-         cartridge may hold (nothing was executed)"
+        "cartridge `{name}` was refused: its pickle names `{global}`, which is not on the list of \
+         what a cartridge may hold (nothing was executed)"
     )]
     Forbidden { name: String, global: String },
     /// A sound cartridge for another model.
@@ -75,7 +75,8 @@ impl CartridgeError {
         }
     }
 
-    /// The same error about `name`: readers work on unnamed bytes, callers know what they are called.
+    /// The same error about `name`: readers work on unnamed bytes, callers know what they are
+    /// called.
     pub fn named(mut self, new: &str) -> Self {
         match &mut self {
             Self::InvalidId { id, .. }

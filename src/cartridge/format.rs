@@ -1,4 +1,5 @@
-//! Files in and out, whatever their format: chosen by content when read, replaced as a whole when written.
+//! Files in and out, whatever their format: chosen by content when read, replaced as a whole when
+//! written.
 
 use std::{
     fs::{self, File},
@@ -12,8 +13,8 @@ use super::{Cartridge, CartridgeError, safetensors_file, torch_file};
 /// Every zip file with records starts so.
 const ZIP_MAGIC: &[u8] = b"PK\x03\x04";
 
-/// Reads a cartridge file: a torch zip (`.pt`) or safetensors, by its content. Of a larger file than
-/// `max_bytes` nothing is read.
+/// Reads a cartridge file: a torch zip (`.pt`) or safetensors, by its content. Of a larger file
+/// than `max_bytes` nothing is read.
 ///
 /// A `.pt` file does not say which model it is for; [`super::read_config_yaml`] may.
 ///
@@ -42,8 +43,8 @@ pub fn read_cartridge_bytes(bytes: &[u8], name: &str) -> Result<Cartridge, Cartr
     result.map_err(|error| error.named(name))
 }
 
-/// Reads an open file. It is read with ordinary reads, not mapped: a file cut short under a mapping would
-/// end the process.
+/// Reads an open file. It is read with ordinary reads, not mapped: a file cut short under a mapping
+/// would end the process.
 pub(super) fn read_file(mut file: File, max_bytes: u64) -> Result<Cartridge, CartridgeError> {
     let failed = |e| CartridgeError::io("read the file", &e);
     let len = file.metadata().map_err(failed)?.len();
@@ -66,7 +67,8 @@ pub(super) fn read_file(mut file: File, max_bytes: u64) -> Result<Cartridge, Car
     safetensors_file::read(&bytes)
 }
 
-/// Replaces `path` as a whole: readers see the old file or the new one, never a part, also after a crash.
+/// Replaces `path` as a whole: readers see the old file or the new one, never a part, also after a
+/// crash.
 pub(super) fn write_atomically(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> Result<(), CartridgeError>,

@@ -4,8 +4,8 @@ use std::{ops::Deref, sync::Arc};
 
 use super::Cartridge;
 
-/// A guard on one generation, under the id it was asked for. The registry never evicts a generation that is
-/// lent; memory goes with the last lease (and the registry's own hold). Cloning is cheap.
+/// A guard on one generation, under the id it was asked for. The registry never evicts a generation
+/// that is lent; memory goes with the last lease (and the registry's own hold). Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Lease {
     id: Arc<str>,

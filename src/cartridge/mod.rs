@@ -1,8 +1,8 @@
 //! Cartridges: the artifact, its file formats, and the registry that lends them to requests.
 //!
-//! Content, not name, is identity: a [`Cartridge`] carries its [`Generation`], names point at generations,
-//! and whoever uses one holds a [`Lease`] on it. Files are data from strangers: nothing in them is executed,
-//! and every size they claim is checked before memory is taken.
+//! Content, not name, is identity: a [`Cartridge`] carries its [`Generation`], names point at
+//! generations, and whoever uses one holds a [`Lease`] on it. Files are data from strangers:
+//! nothing in them is executed, and every size they claim is checked before memory is taken.
 
 mod artifact;
 mod config_yaml;
@@ -20,11 +20,12 @@ mod sanitize;
 mod sources;
 mod torch_file;
 mod torch_layout;
+mod torch_view;
 mod torch_write;
 mod validate;
 
 pub use artifact::{Cartridge, Generation, KvShape, LayerKv, Provenance};
-pub use config_yaml::{read_config_yaml, write_config_yaml};
+pub use config_yaml::{ConfigYaml, read_config_yaml, write_config_yaml};
 pub use error::{CartridgeError, ParseGenerationError};
 pub use format::{read_cartridge, read_cartridge_bytes};
 pub use lease::Lease;

@@ -1,9 +1,9 @@
 //! A closed interpreter for the pickles torch writes.
 //!
 //! It builds lists, dicts and descriptions of tensors, knows a fixed list of Python names
-//! ([`Global::find`]), and runs nothing: a pickle that asks for more is refused by name. Every opcode
-//! handles a bounded amount of input and pushes at most one value, so the budgets on bytes and opcodes
-//! bound memory and time; nothing recurses.
+//! ([`Global::find`]), and runs nothing: a pickle that asks for more is refused by name. Every
+//! opcode handles a bounded amount of input and pushes at most one value, so the budgets on bytes
+//! and opcodes bound memory and time; nothing recurses.
 
 use std::collections::HashMap;
 
@@ -20,8 +20,9 @@ const MAX_PROTOCOL: u8 = 5;
 ///
 /// # Errors
 /// [`CartridgeError::Forbidden`] for a Python name that is not on the list;
-/// [`CartridgeError::TooLarge`] past [`limits::MAX_PICKLE_BYTES`] or [`limits::MAX_PICKLE_OBJECTS`];
-/// [`CartridgeError::Invalid`] with the byte offset for everything else.
+/// [`CartridgeError::TooLarge`] past [`limits::MAX_PICKLE_BYTES`] or
+/// [`limits::MAX_PICKLE_OBJECTS`]; [`CartridgeError::Invalid`] with the byte offset for everything
+/// else.
 pub(super) fn parse(bytes: &[u8]) -> Result<Pickle, CartridgeError> {
     if bytes.len() as u64 > limits::MAX_PICKLE_BYTES {
         let size = bytes.len() as u64;
@@ -340,7 +341,7 @@ impl<'a> Machine<'a> {
     }
 
     fn set_items(&mut self, items: Vec<Value>) -> Step<()> {
-        if items.len() % 2 != 0 {
+        if !items.len().is_multiple_of(2) {
             return Err("a dict key without a value".into());
         }
         let Node::Dict(entries) = self.top_node()? else {

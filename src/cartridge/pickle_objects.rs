@@ -1,4 +1,5 @@
-//! What the pickle interpreter makes of the names and calls it admits: storages, tensors, parameter lists.
+//! What the pickle interpreter makes of the names and calls it admits: storages, tensors, parameter
+//! lists.
 
 use std::rc::Rc;
 
@@ -103,8 +104,8 @@ impl Machine<'_> {
         })
     }
 
-    /// BUILD: gives a ParameterList its attributes. On an OrderedDict (torch hangs `_metadata` there) the
-    /// attributes are dropped.
+    /// BUILD: gives a ParameterList its attributes. On an OrderedDict (torch hangs `_metadata`
+    /// there) the attributes are dropped.
     pub(super) fn build(&mut self) -> Step<()> {
         let state = self.pop()?;
         let state = self

@@ -7,9 +7,9 @@ use super::{CartridgeError, error::UNNAMED};
 /// Index of a [`Node`] in [`Pickle::nodes`].
 pub(super) type NodeId = usize;
 
-/// A value on the pickle stack. Containers live in an arena and are named by index, so that they can be
-/// shared and changed after they were stored (as pickle does), and so that neither building nor dropping
-/// a deeply nested file recurses.
+/// A value on the pickle stack. Containers live in an arena and are named by index, so that they
+/// can be shared and changed after they were stored (as pickle does), and so that neither building
+/// nor dropping a deeply nested file recurses.
 #[derive(Debug, Clone)]
 pub(super) enum Value {
     None,
@@ -153,7 +153,8 @@ impl Pickle {
     }
 }
 
-/// The entry of a dict with this text as its key; the last one where a file has several, as in Python.
+/// The entry of a dict with this text as its key; the last one where a file has several, as in
+/// Python.
 pub(super) fn entry<'a>(entries: &'a [(Value, Value)], name: &str) -> Option<&'a Value> {
     let named = |(key, _): &&(Value, Value)| matches!(key, Value::Text(text) if **text == *name);
     entries.iter().rev().find(named).map(|(_, value)| value)

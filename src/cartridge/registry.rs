@@ -1,7 +1,7 @@
 //! Lends cartridges to requests: finds, loads, checks, keeps and evicts them.
 //!
-//! A name points at a generation; residents are kept by generation, so two names of one content share
-//! memory, and a replaced file is a new generation while running requests keep the old one.
+//! A name points at a generation; residents are kept by generation, so two names of one content
+//! share memory, and a replaced file is a new generation while running requests keep the old one.
 
 use std::{
     path::PathBuf,
@@ -31,6 +31,8 @@ pub struct RegistryOptions {
     pub shape: KvShape,
     /// Name of the served model, compared with what cartridges say (a difference is a warning).
     pub model: String,
+    /// RoPE base of the served model, likewise; `None` compares nothing.
+    pub rope_theta: Option<f64>,
     /// Positions of the model; a cartridge must leave at least one.
     pub max_positions: usize,
     /// Where and as what cartridges are kept.
@@ -47,7 +49,8 @@ pub struct RegistryOptions {
 pub struct CartridgeInfo {
     pub id: String,
     pub source: Source,
-    /// In memory, ready for the next request. A file that was not used yet is registered, not resident.
+    /// In memory, ready for the next request. A file that was not used yet is registered, not
+    /// resident.
     pub resident: bool,
     /// Replaced under its name, kept only by the leases of running requests.
     pub retired: bool,
@@ -68,7 +71,8 @@ const MAX_TRIES: usize = 4;
 type Loaded = Result<(Arc<Cartridge>, Stamp), CartridgeError>;
 type Flight = watch::Receiver<Option<Loaded>>;
 
-/// Lends cartridges to requests. Cheap to share: methods take `&self` and hold no lock while they wait.
+/// Lends cartridges to requests. Cheap to share: methods take `&self` and hold no lock while they
+/// wait.
 pub struct Registry {
     options: RegistryOptions,
     files: Option<Arc<dyn FileSource>>,
@@ -113,13 +117,13 @@ impl Registry {
         })
     }
 
-    /// Registers a cartridge made in this process (built in, or just trained) under `id`, whatever `source`
-    /// a request names. It is checked like any other, never evicted, and replaces an earlier one of that id:
-    /// requests that run keep theirs.
+    /// Registers a cartridge made in this process (built in, or just trained) under `id`, whatever
+    /// `source` a request names. It is checked like any other, never evicted, and replaces an
+    /// earlier one of that id: requests that run keep theirs.
     ///
     /// # Errors
-    /// Those of [`folder_name`] and [`validate`]; [`CartridgeError::Busy`] or [`CartridgeError::TooLarge`]
-    /// if it does not fit the budget.
+    /// Those of [`folder_name`] and [`validate`]; [`CartridgeError::Busy`] or
+    /// [`CartridgeError::TooLarge`] if it does not fit the budget.
     pub fn insert(&self, id: &str, cartridge: Cartridge) -> Result<Generation, CartridgeError> {
         let insert = || {
             folder_name(id)?;
@@ -133,10 +137,10 @@ impl Registry {
 
     /// Lends the cartridge a request names, loading it first if need be.
     ///
-    /// Reading, checking and converting happen on blocking threads, at most once at a time per cartridge, and
-    /// go on if the caller gives up. A failed load is told to all that waited for it and not remembered. A
-    /// changed file is a new generation from this call on. `force_redownload` asks the remote source again
-    /// and reads the file even if it looks unchanged.
+    /// Reading, checking and converting happen on blocking threads, at most once at a time per
+    /// cartridge, and go on if the caller gives up. A failed load is told to all that waited for it
+    /// and not remembered. A changed file is a new generation from this call on. `force_redownload`
+    /// asks the remote source again and reads the file even if it looks unchanged.
     ///
     /// # Errors
     /// Any [`CartridgeError`]; never another cartridge than the one asked for.
@@ -181,7 +185,8 @@ impl Registry {
         })
     }
 
-    /// What can be named, and what is in memory. Looks into the cartridge directory, so it may block.
+    /// What can be named, and what is in memory. Looks into the cartridge directory, so it may
+    /// block.
     pub fn list(&self) -> Vec<CartridgeInfo> {
         let on_disk = self
             .files
@@ -278,6 +283,8 @@ impl Registry {
     fn stage(&self, cartridge: Cartridge) -> Result<Arc<Cartridge>, CartridgeError> {
         let RegistryOptions {
             shape,
+            model,
+            rope_theta,
             device,
             dtype,
             max_positions,
@@ -288,7 +295,7 @@ impl Registry {
             let (size, limit) = (cartridge.tokens() as u64, *max_positions as u64 - 1);
             return Err(CartridgeError::too_large("tokens", size, limit));
         }
-        for warning in provenance_warnings(cartridge.provenance(), &self.options.model, None) {
+        for warning in provenance_warnings(cartridge.provenance(), model, *rope_theta) {
             tracing::warn!(
                 generation = cartridge.generation().short(),
                 "cartridge: {warning}"
@@ -329,8 +336,8 @@ impl Registry {
         fetched.unwrap_or_else(|_| Err(interrupted(id)))
     }
 
-    /// Short and without I/O, hence a plain mutex. A panic under it cannot leave it half changed in a way
-    /// that matters more than losing every cartridge would.
+    /// Short and without I/O, hence a plain mutex. A panic under it cannot leave it half changed in
+    /// a way that matters more than losing every cartridge would.
     fn lock(&self) -> MutexGuard<'_, Residents> {
         self.residents
             .lock()

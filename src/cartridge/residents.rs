@@ -1,4 +1,5 @@
-//! The registry's books: which names point at which generations, what is in memory, what may be evicted.
+//! The registry's books: which names point at which generations, what is in memory, what may be
+//! evicted.
 //!
 //! Pure data, changed under one lock; no I/O and no tensors are made here.
 
@@ -103,8 +104,8 @@ impl Residents {
         Some(cartridge)
     }
 
-    /// Makes room by evicting the least recently used cartridges that nobody leases. Evicts none if that
-    /// would not be enough.
+    /// Makes room by evicting the least recently used cartridges that nobody leases. Evicts none if
+    /// that would not be enough.
     pub fn reserve(
         &mut self,
         generation: Generation,
@@ -168,7 +169,8 @@ impl Residents {
         self.reserved = self.reserved.saturating_sub(bytes);
     }
 
-    /// Turns reserved room into a resident. If the same content got there first, that one is returned.
+    /// Turns reserved room into a resident. If the same content got there first, that one is
+    /// returned.
     pub fn publish(&mut self, cartridge: Arc<Cartridge>, bytes: u64) -> Arc<Cartridge> {
         self.release(bytes);
         let generation = cartridge.generation();

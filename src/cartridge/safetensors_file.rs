@@ -1,8 +1,9 @@
 //! Our own file format: safetensors with the facts about the cartridge in the header.
 //!
-//! Tensors `layers.{i}.keys`, `layers.{i}.values` and, where there is one, `layers.{i}.bias`, shaped as in
-//! [`LayerKv`]. Metadata strings: `format`, `format_version`, `tokens`, `frozen_tokens`, `generation`
-//! (checked on reading), and the optional `model`, `rope_theta`, `rope_scaling`, `origin`.
+//! Tensors `layers.{i}.keys`, `layers.{i}.values` and, where there is one, `layers.{i}.bias`,
+//! shaped as in [`LayerKv`]. Metadata strings: `format`, `format_version`, `tokens`,
+//! `frozen_tokens`, `generation` (checked on reading), and the optional `model`, `rope_theta`,
+//! `rope_scaling`, `origin`.
 
 use std::{collections::HashMap, io::Write, path::Path};
 
@@ -66,7 +67,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Cartridge, CartridgeError> {
         let claimed: String = claimed.chars().take(12).collect();
         let actual = actual.short();
         return Err(CartridgeError::invalid(format!(
-            "its content has the digest {actual}..., its header says {claimed}...: damaged or changed"
+            "its content has the digest {actual}..., its header says {claimed}..."
         )));
     }
     Ok(cartridge)
@@ -147,7 +148,8 @@ fn tensor(view: &safetensors::tensor::TensorView<'_>) -> Result<Tensor, Cartridg
     })
 }
 
-/// Writes a cartridge as `path`, by way of a temporary file beside it. Equal cartridges give equal files.
+/// Writes a cartridge as `path`, by way of a temporary file beside it. Equal cartridges give equal
+/// files.
 ///
 /// The digest in the header is that of the tensors as they are now. It differs from
 /// [`Cartridge::generation`] if they were converted to another type since they were read.
@@ -206,7 +208,8 @@ fn header(cartridge: &Cartridge) -> Result<Vec<u8>, CartridgeError> {
         }
     }
     let mut header = Value::Object(header).to_string().into_bytes();
-    // Padding makes the numbers start at a multiple of 8 bytes, so that a mapped file can be used in place.
+    // Padding makes the numbers start at a multiple of 8 bytes, so that a mapped file can be used
+    // in place.
     header.resize(header.len().next_multiple_of(8), b' ');
     Ok(header)
 }

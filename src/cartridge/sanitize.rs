@@ -1,5 +1,5 @@
-//! From a cartridge id to the name of its folder, by the rule of Tokasaurus, so that folders filled by
-//! either server are found by the other.
+//! From a cartridge id to the name of its folder, by the rule of Tokasaurus, so that folders filled
+//! by either server are found by the other.
 
 use super::CartridgeError;
 use crate::limits;
@@ -7,12 +7,12 @@ use crate::limits;
 /// Longest name of a folder on common file systems.
 const MAX_FOLDER_BYTES: usize = 255;
 
-/// The folder of an id, below the cartridge directory. The rule is lossy (`a/b` and `a-b` share a folder);
-/// it never gives a name with a separator or a dot, so no id can leave the directory.
+/// The folder of an id, below the cartridge directory. The rule is lossy (`a/b` and `a-b` share a
+/// folder); it never gives a name with a separator or a dot, so no id can leave the directory.
 ///
 /// # Errors
-/// [`CartridgeError::InvalidId`] for an id that is empty, too long, or has no character that survives (for
-/// those Tokasaurus takes a number that differs from process to process).
+/// [`CartridgeError::InvalidId`] for an id that is empty, too long, or has no character that
+/// survives (for those Tokasaurus takes a number that differs from process to process).
 pub fn folder_name(id: &str) -> Result<String, CartridgeError> {
     let refused = |reason: String| {
         let id = id.chars().take(80).collect();

@@ -48,7 +48,8 @@ impl From<&Metadata> for Stamp {
 pub trait FileSource: Send + Sync + 'static {
     /// The present state of the file of `id`; `None` where there is none.
     fn stamp(&self, id: &str) -> Result<Option<Stamp>, CartridgeError>;
-    /// Reads the file, with its stamp at that time. Nothing of a larger file than `max_bytes` is read.
+    /// Reads the file, with its stamp at that time. Nothing of a larger file than `max_bytes` is
+    /// read.
     fn read(&self, id: &str, max_bytes: u64) -> Result<(Cartridge, Stamp), CartridgeError>;
     /// The ids that have a file.
     fn list(&self) -> Vec<String>;
@@ -83,11 +84,12 @@ impl RemoteSource for NoDownload {
     }
 }
 
-/// Name of the file that records which id a folder belongs to, where the folder's name is ambiguous.
+/// Name of the file that records which id a folder belongs to, where the folder's name is
+/// ambiguous.
 const ID_RECORD: &str = "cartridge.id";
 
-/// `{dir}/{folder of the id}/`, which holds `cartridge.pt` or `cartridge.safetensors`, or a training run's
-/// `cache-step{N}.pt` (the highest N counts), or just one `.pt` file.
+/// `{dir}/{folder of the id}/`, which holds `cartridge.pt` or `cartridge.safetensors`, or a
+/// training run's `cache-step{N}.pt` (the highest N counts), or just one `.pt` file.
 #[derive(Debug)]
 pub struct LocalFolder {
     dir: PathBuf,
@@ -98,7 +100,8 @@ impl LocalFolder {
         Self { dir }
     }
 
-    /// Records the id a folder belongs to. Another id that leads to the same folder is refused from then on.
+    /// Records the id a folder belongs to. Another id that leads to the same folder is refused from
+    /// then on.
     ///
     /// # Errors
     /// [`CartridgeError::InvalidId`] or [`CartridgeError::Io`].
@@ -255,8 +258,8 @@ fn check_id_record(folder: &Path, id: &str) -> Result<(), CartridgeError> {
     }
 }
 
-/// Opens a file that was already resolved, and makes sure that the file opened is the one that was looked
-/// at: it must not have been swapped for a link, a pipe or a device in between.
+/// Opens a file that was already resolved, and makes sure that the file opened is the one that was
+/// looked at: it must not have been swapped for a link, a pipe or a device in between.
 fn open_regular(path: &Path) -> Result<(File, Stamp), CartridgeError> {
     let failed = |e| CartridgeError::io("open the file", &e);
     let seen = fs::symlink_metadata(path).map_err(failed)?;
@@ -298,7 +301,8 @@ fn read_small(path: &Path, limit: u64) -> Result<Option<String>, CartridgeError>
     Ok(Some(text))
 }
 
-/// What the file says about its making, completed from `config.yaml`; trouble with that is a warning.
+/// What the file says about its making, completed from `config.yaml`; trouble with that is a
+/// warning.
 fn with_config(folder: &Path, id: &str, cartridge: &Cartridge) -> Provenance {
     let mut provenance = cartridge.provenance().clone();
     let text = read_small(&folder.join("config.yaml"), limits::MAX_CONFIG_YAML_BYTES);

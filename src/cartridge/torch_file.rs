@@ -1,4 +1,5 @@
-//! The container of a `.pt` file: a zip of stored records, one of them the pickle that names the others.
+//! The container of a `.pt` file: a zip of stored records, one of them the pickle that names the
+//! others.
 
 use std::{
     collections::HashMap,
@@ -44,7 +45,8 @@ pub(super) struct Records<R> {
 
 impl<R: Read + Seek> Records<R> {
     fn open(source: R, len: u64) -> Result<Self, CartridgeError> {
-        // torch puts nothing before the zip. Left to detect that, the reader searches for signatures.
+        // torch puts nothing before the zip. Left to detect that, the reader searches for
+        // signatures.
         let config = Config {
             archive_offset: ArchiveOffset::Known(0),
         };

@@ -11,13 +11,15 @@ use candle_core::{DType, Tensor};
 use super::{
     CartridgeError, LayerKv,
     artifact::tensor_from_bytes,
-    pickle_value::{Element, Node, Pickle, TensorRef, Value, entry},
+    pickle_value::{Node, Pickle, TensorRef, Value, entry},
     torch_file::Records,
+    torch_view::{check_view, copy_row, dims, element_type},
 };
 use crate::limits;
 
-/// Tensors may share numbers (frozen and trainable tokens as two views of one storage do), but a small
-/// file must not stand for a lot of memory: this often at most is each stored byte read into a cartridge.
+/// Tensors may share numbers (frozen and trainable tokens as two views of one storage do), but a
+/// small file must not stand for a lot of memory: this often at most is each stored byte read into
+/// a cartridge.
 const MAX_SHARING: u64 = 4;
 
 /// Where the numbers of a cartridge lie in a file.
@@ -84,7 +86,8 @@ impl Layout {
         Self::agree(keys, values)
     }
 
-    /// All tensors must agree with the first one in type, heads and head size, and over layers in tokens.
+    /// All tensors must agree with the first one in type, heads and head size, and over layers in
+    /// tokens.
     fn agree(keys: Vec<Side>, values: Vec<Side>) -> Result<Self, CartridgeError> {
         let invalid = |reason: String| Err(CartridgeError::invalid(reason));
         let Some(first) = keys.first() else {
@@ -95,7 +98,7 @@ impl Layout {
             Some(tensor) => dims(tensor, "layer 0 frozen keys")?[2],
             None => 0,
         };
-        let dtype = dtype(&first.trainable, "layer 0 keys")?;
+        let dtype = element_type(&first.trainable, "layer 0 keys")?;
         for (what, sides) in [("keys", &keys), ("values", &values)] {
             for (i, side) in sides.iter().enumerate() {
                 let counts = [side.frozen.as_ref().map(|_| frozen), Some(trained)];
@@ -105,7 +108,7 @@ impl Layout {
                     if have != need {
                         return invalid(format!("{place}: shape {have:?}, expected {need:?}"));
                     }
-                    let (have, need) = (self::dtype(tensor, &place)?, dtype);
+                    let (have, need) = (element_type(tensor, &place)?, dtype);
                     if have != need {
                         return invalid(format!("{place}: type {have:?}, expected {need:?}"));
                     }
@@ -158,8 +161,8 @@ impl Layout {
         Ok((layers, self.frozen as usize))
     }
 
-    /// Checks every view against the record it points into, and the sum of all against the file, before
-    /// anything is allocated. Counts how often each storage is used.
+    /// Checks every view against the record it points into, and the sum of all against the file,
+    /// before anything is allocated. Counts how often each storage is used.
     fn check_storages<R: Read + Seek>(
         &self,
         records: &mut Records<R>,
@@ -260,105 +263,6 @@ struct Storage {
 
 fn record_name(key: &str) -> String {
     format!("data/{key}")
-}
-
-/// One token of one head; [`check_view`] made sure that all of it lies inside `data`.
-fn copy_row(
-    view: &TensorRef,
-    head: usize,
-    token: usize,
-    width: usize,
-    data: &[u8],
-    out: &mut [u8],
-) {
-    let stride = |axis: usize| view.stride[axis] as usize;
-    let start = view.offset as usize + head * stride(1) + token * stride(2);
-    if stride(3) == 1 {
-        out.copy_from_slice(&data[start * width..][..out.len()]);
-        return;
-    }
-    for (i, number) in out.chunks_exact_mut(width).enumerate() {
-        number.copy_from_slice(&data[(start + i * stride(3)) * width..][..width]);
-    }
-}
-
-/// Bytes the view stands for, if its last element lies inside its storage and the storage in its record.
-fn check_view(view: &TensorRef, dtype: DType, record: u64) -> Result<u64, CartridgeError> {
-    let width = dtype.size_in_bytes() as u64;
-    let storage_width = if view.storage.element == Element::Untyped {
-        1
-    } else {
-        width
-    };
-    let key = &view.storage.key;
-    let claimed = view.storage.len.checked_mul(storage_width);
-    let Some(claimed) = claimed.filter(|claimed| *claimed <= record) else {
-        let reason = format!(
-            "storage `{key}` claims {} elements, has {record} bytes",
-            view.storage.len
-        );
-        return Err(CartridgeError::invalid(reason));
-    };
-    let last = view
-        .size
-        .iter()
-        .zip(&view.stride)
-        .try_fold(view.offset, |sum, (size, stride)| {
-            (size - 1)
-                .checked_mul(*stride)
-                .and_then(|step| sum.checked_add(step))
-        });
-    let end = last
-        .and_then(|last| last.checked_add(1))
-        .and_then(|end| end.checked_mul(width));
-    if end.is_none_or(|end| end > claimed) {
-        let (size, stride, offset) = (&view.size, &view.stride, view.offset);
-        let reason = format!(
-            "a tensor of shape {size:?}, strides {stride:?} and offset {offset} leaves its storage \
-             `{key}` of {claimed} bytes"
-        );
-        return Err(CartridgeError::invalid(reason));
-    }
-    let bytes = view
-        .size
-        .iter()
-        .try_fold(width, |product, size| product.checked_mul(*size));
-    // A view that repeats elements (stride 0) may have more elements than its storage.
-    match bytes.filter(|bytes| *bytes <= claimed) {
-        Some(bytes) => Ok(bytes),
-        None => {
-            let reason = format!(
-                "a tensor of shape {:?} repeats elements of its storage",
-                view.size
-            );
-            Err(CartridgeError::invalid(reason))
-        }
-    }
-}
-
-fn dims(tensor: &TensorRef, place: &str) -> Result<[u64; 4], CartridgeError> {
-    match tensor.size[..] {
-        [1, heads, tokens, head_dim] => Ok([1, heads, tokens, head_dim]),
-        _ => {
-            let have = &tensor.size;
-            let reason =
-                format!("{place}: shape {have:?}, expected [1, kv_heads, tokens, head_dim]");
-            Err(CartridgeError::invalid(reason))
-        }
-    }
-}
-
-fn dtype(tensor: &TensorRef, place: &str) -> Result<DType, CartridgeError> {
-    match tensor.element {
-        Element::F16 => Ok(DType::F16),
-        Element::BF16 => Ok(DType::BF16),
-        Element::F32 => Ok(DType::F32),
-        Element::Untyped => Err(CartridgeError::invalid(format!("{place}: no number type"))),
-        Element::Other(name) => {
-            let reason = format!("{place}: type {name}; cartridges are f16, bf16 or f32");
-            Err(CartridgeError::invalid(reason))
-        }
-    }
 }
 
 /// The tensors of a list, tuple or `ParameterList`, in the order of layers.

@@ -35,8 +35,8 @@ pub enum Naming {
 
 /// Writes a cartridge as `path`, by way of a temporary file beside it.
 ///
-/// Without frozen tokens the frozen lists hold one tensor `[1, kv_heads, 0, head_dim]` per layer: stock
-/// loaders fail on empty lists.
+/// Without frozen tokens the frozen lists hold one tensor `[1, kv_heads, 0, head_dim]` per layer:
+/// stock loaders fail on empty lists.
 ///
 /// # Errors
 /// [`CartridgeError::Invalid`] for a cartridge with a bias, for which the format has no place;

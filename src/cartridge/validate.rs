@@ -4,11 +4,13 @@ use candle_core::{DType, Tensor};
 
 use super::{Cartridge, CartridgeError, KvShape, Provenance, artifact::with_bytes, error::UNNAMED};
 
-/// Checks a cartridge against the model it is to be used with: layers, KV heads, head size, finite numbers.
+/// Checks a cartridge against the model it is to be used with: layers, KV heads, head size, finite
+/// numbers.
 ///
 /// # Errors
-/// [`CartridgeError::Mismatch`] says which size differs, what the file has and what the model needs;
-/// [`CartridgeError::Invalid`] says in which layer and tensor the first number that is not finite lies.
+/// [`CartridgeError::Mismatch`] says which size differs, what the file has and what the model
+/// needs; [`CartridgeError::Invalid`] says in which layer and tensor the first number that is not
+/// finite lies.
 pub fn validate(cartridge: &Cartridge, model: &KvShape) -> Result<(), CartridgeError> {
     let have = cartridge.shape();
     for (what, have, need) in [
@@ -44,7 +46,8 @@ pub(super) fn check_finite(cartridge: &Cartridge) -> Result<(), CartridgeError> 
     Ok(())
 }
 
-/// Index in row-major order. An exponent of all ones is an infinity or a NaN in each of the three types.
+/// Index in row-major order. An exponent of all ones is an infinity or a NaN in each of the three
+/// types.
 fn first_non_finite(tensor: &Tensor) -> Result<Option<usize>, CartridgeError> {
     let dtype = tensor.dtype();
     with_bytes(tensor, |bytes| match dtype {
@@ -58,8 +61,9 @@ fn first_non_finite(tensor: &Tensor) -> Result<Option<usize>, CartridgeError> {
     })
 }
 
-/// What a careful operator would want to know about a cartridge that fits by shape: that it was made for
-/// another model, or with another RoPE base. Advisory, because makers name models as they like.
+/// What a careful operator would want to know about a cartridge that fits by shape: that it was
+/// made for another model, or with another RoPE base. Advisory, because makers name models as they
+/// like.
 pub fn provenance_warnings(
     provenance: &Provenance,
     model: &str,
@@ -83,7 +87,8 @@ pub fn provenance_warnings(
     warnings
 }
 
-/// Compares the last part of a path or hub id, without case: `meta-llama/Llama-3.2-3B` is `llama-3.2-3b`.
+/// Compares the last part of a path or hub id, without case: `meta-llama/Llama-3.2-3B` is
+/// `llama-3.2-3b`.
 fn same_model(a: &str, b: &str) -> bool {
     let tail = |name: &str| {
         let name = name.trim_end_matches('/');

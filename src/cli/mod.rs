@@ -1,1 +1,63 @@
 //! The command line: one file per command.
+//!
+//! Options come from four places, the first that sets a value wins: flags, `CARTOUCHE_*` environment
+//! variables, the YAML file given with `--config`, built-in defaults.
+
+mod cartridge;
+mod chat;
+mod config;
+mod error;
+mod eval;
+mod runtime;
+mod serve;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+pub use error::CliError;
+
+/// One process that serves cartridges: trained KV-cache prefixes that stand for a long text.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 100)]
+#[command(after_help = "Start here: `cartouche serve` needs no model, account or GPU.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Serve(Box<serve::ServeArgs>),
+    Chat(Box<chat::ChatArgs>),
+    Cartridge(cartridge::CartridgeArgs),
+    Eval(Box<eval::EvalArgs>),
+}
+
+/// Parses the command line, runs the command and reports its error. The whole of `main`.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let default_level = match cli.command {
+        Command::Serve(_) => "info",
+        _ => "warn",
+    };
+    let filter = EnvFilter::try_from_env("CARTOUCHE_LOG");
+    tracing_subscriber::fmt()
+        .with_env_filter(filter.unwrap_or_else(|_| EnvFilter::new(default_level)))
+        .with_writer(std::io::stderr)
+        .init();
+    let result = match cli.command {
+        Command::Serve(args) => serve::run(*args),
+        Command::Chat(args) => chat::run(*args),
+        Command::Cartridge(args) => cartridge::run(args),
+        Command::Eval(args) => eval::run(*args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! `cartouche cartridge`: look into cartridge files, convert them, make exact ones.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::DType;
+use clap::{Args, Subcommand, ValueEnum};
+use serde_json::{Map, json};
+
+use super::CliError;
+use super::runtime::RuntimeOptions;
+use crate::cartridge::{
+    Cartridge, CartridgeError, FileSource, LocalFolder, Naming, Provenance, TorchStyle,
+    read_cartridge, write_config_yaml, write_safetensors, write_torch,
+};
+use crate::text::TemplateRequest;
+use crate::{limits, model};
+
+/// Inspect, convert, list and make cartridges
+#[derive(Debug, Args)]
+pub struct CartridgeArgs {
+    #[command(subcommand)]
+    command: CartridgeCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum CartridgeCommand {
+    /// Show what a cartridge file holds; nothing in it is executed
+    Inspect {
+        /// A .pt file of Tokasaurus / Cartridges, or a .safetensors cartridge
+        file: PathBuf,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write a cartridge in another format, chosen by the output's extension (.pt or .safetensors)
+    Convert {
+        input: PathBuf,
+        output: PathBuf,
+        /// Names of the frozen half in a .pt file: trainers of 2025-06 read `fixed`, later ones `frozen`
+        #[arg(long, value_enum, default_value = "both")]
+        naming: NamingArg,
+        /// Containers in a .pt file; only plain lists load with torch's weights_only
+        #[arg(long, value_enum, default_value = "lists")]
+        container: ContainerArg,
+        /// Store the tensors as f32, f16 or bf16 [default: as they are]
+        #[arg(long, value_enum)]
+        dtype: Option<DtypeArg>,
+        /// Also write the config.yaml that Tokasaurus asks for, beside the output
+        #[arg(long)]
+        config_yaml: bool,
+    },
+    /// List the cartridges below the cartridge directory
+    List {
+        #[arg(long, env = "CARTOUCHE_CARTRIDGE_DIR", default_value = "cartridges")]
+        cartridge_dir: PathBuf,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make the exact cartridge of a document: the keys and values the model computes for it
+    ///
+    /// Requests with it answer as if the document were their system message, without computing it again.
+    /// It is as large as the document; training makes smaller ones.
+    Prefill {
+        /// Text file that becomes the system message
+        #[arg(long)]
+        document: PathBuf,
+        #[arg(long, short)]
+        output: PathBuf,
+        #[command(flatten)]
+        runtime: Box<RuntimeOptions>,
+    },
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum NamingArg {
+    Frozen,
+    Fixed,
+    Both,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ContainerArg {
+    Lists,
+    ParameterLists,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum DtypeArg {
+    F32,
+    F16,
+    Bf16,
+}
+
+pub fn run(args: CartridgeArgs) -> Result<(), CliError> {
+    match args.command {
+        CartridgeCommand::Inspect { file, json } => inspect(&file, json),
+        CartridgeCommand::Convert { input, output, naming, container, dtype, config_yaml } => {
+            let mut cartridge = read(&input)?;
+            if let Some(dtype) = dtype {
+                cartridge = retyped(&cartridge, dtype)?;
+            }
+            let naming = match naming {
+                NamingArg::Frozen => Naming::Frozen,
+                NamingArg::Fixed => Naming::Fixed,
+                NamingArg::Both => Naming::Both,
+            };
+            let style = match container {
+                ContainerArg::Lists => TorchStyle::PlainLists,
+                ContainerArg::ParameterLists => TorchStyle::ParameterLists,
+            };
+            write(&output, &cartridge, style, naming)?;
+            if config_yaml {
+                write_config_yaml(&output.with_file_name("config.yaml"), &cartridge)?;
+            }
+            println!("{} -> {} ({})", input.display(), output.display(), cartridge.generation());
+            Ok(())
+        }
+        CartridgeCommand::List { cartridge_dir, json } => list(&cartridge_dir, json),
+        CartridgeCommand::Prefill { document, output, runtime } => {
+            prefill(&document, &output, &runtime)
+        }
+    }
+}
+
+fn read(path: &Path) -> Result<Cartridge, CliError> {
+    Ok(read_cartridge(path, limits::DEFAULT_MAX_CARTRIDGE_FILE_BYTES)?)
+}
+
+fn write(
+    path: &Path,
+    cartridge: &Cartridge,
+    style: TorchStyle,
+    naming: Naming,
+) -> Result<(), CliError> {
+    match path.extension().and_then(|e| e.to_str()) {
+        Some("pt") => Ok(write_torch(path, cartridge, style, naming)?),
+        Some("safetensors") => Ok(write_safetensors(path, cartridge)?),
+        _ => Err(CliError::Usage(format!(
+            "{}: the output must end in .pt or .safetensors",
+            path.display()
+        ))),
+    }
+}
+
+/// The same content in another dtype is another content: it gets its own generation.
+fn retyped(cartridge: &Cartridge, dtype: DtypeArg) -> Result<Cartridge, CartridgeError> {
+    let dtype = match dtype {
+        DtypeArg::F32 => DType::F32,
+        DtypeArg::F16 => DType::F16,
+        DtypeArg::Bf16 => DType::BF16,
+    };
+    let converted = cartridge.to(&candle_core::Device::Cpu, dtype)?;
+    let provenance = cartridge.provenance().clone();
+    Cartridge::new(converted.layers().to_vec(), cartridge.frozen_tokens(), provenance)
+}
+
+fn inspect(path: &Path, as_json: bool) -> Result<(), CliError> {
+    let cartridge = read(path)?;
+    let (shape, provenance) = (cartridge.shape(), cartridge.provenance());
+    let facts = json!({
+        "generation": cartridge.generation().to_hex(),
+        "tokens": cartridge.tokens(),
+        "frozen_tokens": cartridge.frozen_tokens(),
+        "layers": shape.layers,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "dtype": format!("{:?}", cartridge.dtype()).to_lowercase(),
+        "bytes": cartridge.bytes(),
+        "bias": cartridge.layers().iter().any(|l| l.bias.is_some()),
+        "model": provenance.model,
+        "origin": provenance.origin,
+    });
+    if as_json {
+        println!("{facts}");
+        return Ok(());
+    }
+    for (name, value) in facts.as_object().unwrap_or(&Map::new()) {
+        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        println!("{name:<14} {value}");
+    }
+    Ok(())
+}
+
+fn list(dir: &Path, as_json: bool) -> Result<(), CliError> {
+    if !dir.is_dir() {
+        return Err(CliError::Usage(format!(
+            "{} is not a folder; give --cartridge-dir",
+            dir.display()
+        )));
+    }
+    let folder = LocalFolder::new(dir.to_owned());
+    let mut entries = Vec::new();
+    for id in folder.list() {
+        entries.push(match folder.read(&id, limits::DEFAULT_MAX_CARTRIDGE_FILE_BYTES) {
+            Ok((cartridge, _)) => json!({
+                "id": id,
+                "tokens": cartridge.tokens(),
+                "bytes": cartridge.bytes(),
+                "generation": cartridge.generation().to_hex(),
+            }),
+            Err(error) => json!({ "id": id, "error": error.to_string() }),
+        });
+    }
+    if as_json {
+        println!("{}", json!({ "cartridges": entries }));
+        return Ok(());
+    }
+    println!("{:<40} {:>8} {:>12}  generation", "id", "tokens", "bytes");
+    for entry in &entries {
+        let id = entry["id"].as_str().unwrap_or_default();
+        match entry["error"].as_str() {
+            Some(error) => println!("{id:<40} unusable: {error}"),
+            None => {
+                let generation = entry["generation"].as_str().unwrap_or_default();
+                println!(
+                    "{id:<40} {:>8} {:>12}  {}",
+                    entry["tokens"],
+                    entry["bytes"],
+                    generation.get(..12).unwrap_or_default()
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+fn prefill(document: &Path, output: &Path, runtime: &RuntimeOptions) -> Result<(), CliError> {
+    runtime.set_threads()?;
+    let text = std::fs::read_to_string(document)
+        .map_err(|source| CliError::Io { path: document.to_owned(), source })?;
+    let loaded = model::load(&runtime.source()?, &runtime.load_options()?)?;
+    let config = loaded.decoder.config();
+    let Some(template) = &loaded.chat_template else {
+        return Err(CliError::Usage(format!("model {} has no chat template", loaded.name)));
+    };
+    let prompt = template.render(&TemplateRequest {
+        messages: &[json!({"role": "system", "content": text.trim_end()})],
+        tools: None,
+        add_generation_prompt: false,
+        continue_final_message: false,
+        kwargs: &Map::new(),
+    })?;
+    let tokens = loaded.tokenizer.encode(&prompt, false)?;
+    if tokens.is_empty() || tokens.len() >= config.max_positions {
+        return Err(CliError::Usage(format!(
+            "{} has {} tokens; the model's context is {}",
+            document.display(),
+            tokens.len(),
+            config.max_positions
+        )));
+    }
+    let layers = model::prefill(&loaded.decoder, &tokens)?;
+    let name = document.file_name().unwrap_or_default().to_string_lossy();
+    let provenance = Provenance {
+        model: Some(loaded.name.clone()),
+        rope_theta: Some(config.rope_theta),
+        rope_scaling: config.rope_scaling_json.clone(),
+        origin: Some(format!("exact keys and values of {name}")),
+    };
+    let cartridge = Cartridge::new(layers, 1, provenance)?;
+    write(output, &cartridge, TorchStyle::PlainLists, Naming::Both)?;
+    println!(
+        "{} tokens, {} bytes, generation {}",
+        cartridge.tokens(),
+        cartridge.bytes(),
+        cartridge.generation().short()
+    );
+    Ok(())
+}

@@ -1,0 +1,27 @@
+//! Every error a command can end with; each prints as one line that says what to do.
+
+use std::path::PathBuf;
+
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    #[error("{path}: {reason}", path = path.display())]
+    Config { path: PathBuf, reason: String },
+    #[error("{path}: {source}", path = path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("cannot listen on {address}: {source}; choose another --host or --port")]
+    Listen { address: String, source: std::io::Error },
+    #[error("{0}")]
+    Usage(String),
+    #[error(transparent)]
+    Model(#[from] crate::model::ModelError),
+    #[error(transparent)]
+    Engine(#[from] crate::engine::EngineError),
+    #[error(transparent)]
+    Cartridge(#[from] crate::cartridge::CartridgeError),
+    #[error(transparent)]
+    Text(#[from] crate::text::TextError),
+    #[error("the model could not be run: {0}")]
+    Tensor(#[from] candle_core::Error),
+    #[error("{what}: {source}")]
+    System { what: &'static str, source: std::io::Error },
+}

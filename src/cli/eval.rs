@@ -1,0 +1,203 @@
+//! `cartouche eval`: ask held-out questions in several ways and compare the answers.
+
+use std::time::Instant;
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::CliError;
+use super::runtime::{Runtime, RuntimeOptions};
+use crate::cartridge::{Lease, read_cartridge_bytes};
+use crate::demo::{self, Question, Questions};
+use crate::engine::{Event, GenerateRequest, LogprobOptions, SamplingParams};
+
+/// Longest answer of the demo model, in tokens, with room to spare.
+const MAX_ANSWER_TOKENS: usize = 64;
+
+/// Measure answers to held-out questions without the document, with it, and with its cartridge
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// The built-in demo model, documents and questions
+    #[arg(long, required = true)]
+    demo: bool,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    runtime: RuntimeOptions,
+}
+
+/// What the model is given besides the question.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Mode {
+    None,
+    LongContext,
+    Cartridge,
+}
+
+/// One line of the result.
+#[derive(Debug, Serialize)]
+struct Row {
+    mode: Mode,
+    /// Questions asked, about facts in the document and about others.
+    questions: usize,
+    /// Share of the questions about facts in the document that were answered exactly.
+    accuracy: f64,
+    /// Share of refusals where refusing is right: all questions in mode `none`, elsewhere those about
+    /// facts that are not in the document.
+    refusals: f64,
+    /// Mean prompt tokens; a cartridge's tokens are not part of the prompt.
+    prompt_tokens: f64,
+    /// Mean bytes of keys and values the first answer token attends to, cartridge included.
+    kv_bytes: f64,
+    /// Median milliseconds from submitting to the first token, one request at a time.
+    ttft_ms: f64,
+}
+
+/// One question answered.
+struct Answer {
+    text: String,
+    prompt_tokens: usize,
+    kv_tokens: usize,
+    ttft_ms: f64,
+}
+
+pub fn run(args: EvalArgs) -> Result<(), CliError> {
+    if args.runtime.model.as_deref().is_some_and(|model| model != "demo") {
+        return Err(CliError::Usage("--demo evaluates the demo model; drop --model".to_owned()));
+    }
+    args.runtime.set_threads()?;
+    let runtime = args.runtime.start()?;
+    let rows = evaluate(&runtime)?;
+    if args.json {
+        println!("{}", json!({ "model": runtime.model.name, "rows": rows }));
+        return Ok(());
+    }
+    println!(
+        "{:<14} {:>9} {:>9} {:>9} {:>14} {:>12} {:>9}",
+        "mode", "questions", "accuracy", "refusals", "prompt tokens", "KV bytes", "TTFT ms"
+    );
+    for row in &rows {
+        let mode = serde_json::to_value(row.mode).unwrap_or_default();
+        println!(
+            "{:<14} {:>9} {:>8.1}% {:>8.1}% {:>14.1} {:>12.0} {:>9.2}",
+            mode.as_str().unwrap_or_default(),
+            row.questions,
+            row.accuracy * 100.0,
+            row.refusals * 100.0,
+            row.prompt_tokens,
+            row.kv_bytes,
+            row.ttft_ms
+        );
+    }
+    Ok(())
+}
+
+/// Asks every question of every document in every mode. The modes take turns question by question, so
+/// that a machine that slows down slows all of them.
+fn evaluate(runtime: &Runtime) -> Result<Vec<Row>, CliError> {
+    let modes = [Mode::None, Mode::LongContext, Mode::Cartridge];
+    let mut asked: Vec<(Question, Questions)> = Vec::new();
+    let mut answers: Vec<Vec<Answer>> = modes.iter().map(|_| Vec::new()).collect();
+    for document in demo::DOCUMENTS {
+        let broken = |e| CliError::Usage(format!("the questions of {}: {e}", document.name));
+        let mut questions = document.questions().map_err(broken)?;
+        let cartridge = read_cartridge_bytes(document.cartridge, document.name)?;
+        let lease = Lease::detached(document.name, cartridge);
+        for question in std::mem::take(&mut questions.questions) {
+            for (mode, answers) in modes.iter().zip(&mut answers) {
+                answers.push(ask(runtime, *mode, document.text, &lease, &question.question)?);
+            }
+            let refusal = questions.refusal.clone();
+            let title = questions.title.clone();
+            asked.push((question, Questions { title, refusal, questions: Vec::new() }));
+        }
+    }
+    Ok(modes.iter().zip(answers).map(|(mode, answers)| row(runtime, *mode, &asked, &answers)).collect())
+}
+
+fn row(
+    runtime: &Runtime,
+    mode: Mode,
+    asked: &[(Question, Questions)],
+    answers: &[Answer],
+) -> Row {
+    let shape = runtime.engine.info().kv_shape;
+    let token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * size_of::<f32>();
+    let pairs = || asked.iter().zip(answers);
+    let share = |hits: usize, of: usize| if of == 0 { 0.0 } else { hits as f64 / of as f64 };
+    let known = pairs().filter(|((question, _), _)| question.in_document);
+    let (known, exact) = known.fold((0, 0), |(n, hits), ((question, _), answer)| {
+        (n + 1, hits + usize::from(answer.text == question.answer))
+    });
+    let unknown = pairs().filter(|((q, _), _)| mode == Mode::None || !q.in_document);
+    let (unknown, refused) = unknown.fold((0, 0), |(n, hits), ((_, questions), answer)| {
+        (n + 1, hits + usize::from(answer.text == questions.refusal))
+    });
+    let mean = |values: &dyn Fn(&Answer) -> usize| {
+        answers.iter().map(values).sum::<usize>() as f64 / answers.len().max(1) as f64
+    };
+    let mut ttft: Vec<f64> = answers.iter().map(|a| a.ttft_ms).collect();
+    ttft.sort_by(f64::total_cmp);
+    Row {
+        mode,
+        questions: answers.len(),
+        accuracy: share(exact, known),
+        refusals: share(refused, unknown),
+        prompt_tokens: mean(&|a| a.prompt_tokens),
+        kv_bytes: mean(&|a| a.kv_tokens) * token_bytes as f64,
+        ttft_ms: ttft.get(ttft.len() / 2).copied().unwrap_or_default(),
+    }
+}
+
+fn ask(
+    runtime: &Runtime,
+    mode: Mode,
+    document: &str,
+    lease: &Lease,
+    question: &str,
+) -> Result<Answer, CliError> {
+    let mut messages: Vec<Value> = Vec::new();
+    if mode == Mode::LongContext {
+        messages.push(json!({"role": "system", "content": document.trim_end()}));
+    }
+    messages.push(json!({"role": "user", "content": question}));
+    let cartridges = match mode {
+        Mode::Cartridge => vec![lease.clone()],
+        Mode::None | Mode::LongContext => Vec::new(),
+    };
+    let prompt = runtime.chat_prompt(&messages, !cartridges.is_empty())?;
+    let prompt_tokens = prompt.len();
+    let kv_tokens = prompt_tokens + cartridges.iter().map(|c| c.tokens()).sum::<usize>();
+    let submitted = Instant::now();
+    let mut stream = runtime.engine.submit(GenerateRequest {
+        prompt,
+        cartridges,
+        n: 1,
+        sampling: SamplingParams {
+            temperature: 0.0,
+            max_tokens: MAX_ANSWER_TOKENS,
+            ..SamplingParams::default()
+        },
+        stop_token_ids: runtime.model.eos_token_ids.clone(),
+        logprobs: LogprobOptions::default(),
+    })?;
+    let mut ids = Vec::new();
+    let mut ttft_ms = 0.0;
+    while let Some(event) = stream.blocking_next() {
+        match event {
+            Event::Token { token, .. } => {
+                if ids.is_empty() {
+                    ttft_ms = submitted.elapsed().as_secs_f64() * 1e3;
+                }
+                ids.push(token.id);
+            }
+            Event::Failed(error) => return Err(error.into()),
+            Event::PromptDone { .. } | Event::Finished { .. } => {}
+        }
+    }
+    let text = runtime.model.tokenizer.decode(&ids, true)?;
+    Ok(Answer { text, prompt_tokens, kv_tokens, ttft_ms })
+}

@@ -1,0 +1,175 @@
+//! The model, its engine and the cartridge registry, as every command that generates needs them.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use candle_core::{DType, Device};
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::CliError;
+use crate::api::ServedModel;
+use crate::cartridge::{Registry, RegistryOptions, read_cartridge_bytes};
+use crate::engine::{EngineHandle, EngineOptions};
+use crate::model::{LoadOptions, ModelSource};
+use crate::text::{TemplateRequest, llama3_cartridge_prompt};
+use crate::{demo, engine, limits, model};
+
+/// Options of the model and the engine.
+#[derive(Debug, Clone, Default, Args, Serialize, Deserialize)]
+#[command(next_help_heading = "Model and engine")]
+pub struct RuntimeOptions {
+    /// `demo`, a folder in Hugging Face layout, a .gguf file, or a hub id (owner/name[@revision])
+    /// [default: demo]
+    #[arg(long, env = "CARTOUCHE_MODEL")]
+    pub model: Option<String>,
+    /// Name the model is served under [default: its own]
+    #[arg(long, env = "CARTOUCHE_SERVED_MODEL_NAME")]
+    pub served_model_name: Option<String>,
+    /// Quantise safetensors weights while loading: q8_0 or q4_k
+    #[arg(long, env = "CARTOUCHE_QUANTIZE")]
+    pub quantize: Option<String>,
+    /// Threads that compute [default: the physical cores]
+    #[arg(long, env = "CARTOUCHE_THREADS")]
+    pub threads: Option<usize>,
+    /// MiB of the KV cache; memory is taken as it fills [default: 1024]
+    #[arg(long, env = "CARTOUCHE_KV_CACHE_MIB")]
+    pub kv_cache_mib: Option<u64>,
+    /// Sequences decoded together [default: 64]
+    #[arg(long, env = "CARTOUCHE_MAX_RUNNING_SEQUENCES")]
+    pub max_running_sequences: Option<usize>,
+    /// Prompt tokens computed per step, over all sequences [default: 512]
+    #[arg(long, env = "CARTOUCHE_PREFILL_TOKENS_PER_STEP")]
+    pub prefill_tokens_per_step: Option<usize>,
+    /// Requests that may wait; more get 429 [default: 1024]
+    #[arg(long, env = "CARTOUCHE_MAX_QUEUED_REQUESTS")]
+    pub max_queued_requests: Option<usize>,
+    /// Folder of cartridges: {dir}/{id}/cartridge.pt or .safetensors [default: cartridges]
+    #[arg(long, env = "CARTOUCHE_CARTRIDGE_DIR")]
+    pub cartridge_dir: Option<PathBuf>,
+    /// MiB of cartridges kept in memory; the least recently used leave first [default: 2048]
+    #[arg(long, env = "CARTOUCHE_CARTRIDGE_BUDGET_MIB")]
+    pub cartridge_budget_mib: Option<u64>,
+    /// MiB of the largest cartridge file that is read [default: 8192]
+    #[arg(long, env = "CARTOUCHE_MAX_CARTRIDGE_FILE_MIB")]
+    pub max_cartridge_file_mib: Option<u64>,
+}
+
+/// A loaded model, ready to generate.
+pub struct Runtime {
+    pub source: ModelSource,
+    pub model: Arc<ServedModel>,
+    pub engine: EngineHandle,
+    pub registry: Arc<Registry>,
+    pub weight_bytes: u64,
+    pub engine_thread: JoinHandle<()>,
+}
+
+impl RuntimeOptions {
+    pub fn source(&self) -> Result<ModelSource, CliError> {
+        Ok(self.model.as_deref().unwrap_or("demo").parse()?)
+    }
+
+    pub fn load_options(&self) -> Result<LoadOptions, CliError> {
+        let quantize = self.quantize.as_deref().map(str::parse).transpose();
+        Ok(LoadOptions {
+            quantize: quantize.map_err(|e| CliError::Usage(format!("--quantize: {e}")))?,
+            name: self.served_model_name.clone(),
+        })
+    }
+
+    /// Fixes the number of computing threads. Call it first: candle and rayon read it once.
+    pub fn set_threads(&self) -> Result<(), CliError> {
+        let Some(threads) = self.threads else { return Ok(()) };
+        // SAFETY: commands call this before they start any thread, so nobody reads the environment.
+        unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build_global()
+            .map_err(|e| CliError::Usage(format!("--threads {threads}: {e}")))
+    }
+
+    fn engine_options(&self) -> EngineOptions {
+        let default = EngineOptions::default();
+        EngineOptions {
+            kv_bytes: self.kv_cache_mib.map_or(default.kv_bytes, mib),
+            max_running_sequences: self
+                .max_running_sequences
+                .unwrap_or(default.max_running_sequences),
+            prefill_tokens_per_step: self
+                .prefill_tokens_per_step
+                .unwrap_or(default.prefill_tokens_per_step),
+            max_queued_requests: self.max_queued_requests.unwrap_or(default.max_queued_requests),
+        }
+    }
+
+    /// Loads the model, starts its engine and opens the registry; the demo model brings its cartridges.
+    pub fn start(&self) -> Result<Runtime, CliError> {
+        let source = self.source()?;
+        let loaded = model::load(&source, &self.load_options()?)?;
+        let config = loaded.decoder.config().clone();
+        let weight_bytes = loaded.decoder.weight_bytes();
+        let registry = Registry::new(RegistryOptions {
+            dir: Some(self.cartridge_dir.clone().unwrap_or_else(|| PathBuf::from("cartridges"))),
+            shape: config.kv_shape(),
+            model: loaded.name.clone(),
+            max_positions: config.max_positions,
+            device: Device::Cpu,
+            dtype: DType::F32,
+            byte_budget: self
+                .cartridge_budget_mib
+                .map_or(limits::DEFAULT_CARTRIDGE_BUDGET_BYTES, mib),
+            max_file_bytes: self
+                .max_cartridge_file_mib
+                .map_or(limits::DEFAULT_MAX_CARTRIDGE_FILE_BYTES, mib),
+        });
+        if source == ModelSource::Demo {
+            for document in demo::DOCUMENTS {
+                let cartridge = read_cartridge_bytes(document.cartridge, document.name)?;
+                registry.insert(document.name, cartridge)?;
+            }
+        }
+        let (engine, engine_thread) = engine::start(loaded.decoder, &self.engine_options())?;
+        let model = Arc::new(ServedModel {
+            name: loaded.name,
+            tokenizer: loaded.tokenizer,
+            chat_template: loaded.chat_template,
+            eos_token_ids: loaded.eos_token_ids,
+            is_llama3: loaded.is_llama3,
+        });
+        Ok(Runtime { source, model, engine, registry, weight_bytes, engine_thread })
+    }
+}
+
+impl Runtime {
+    /// Token ids of a chat, ready for the assistant's answer.
+    pub fn chat_prompt(
+        &self,
+        messages: &[Value],
+        has_cartridges: bool,
+    ) -> Result<Vec<u32>, CliError> {
+        let text = match &self.model.chat_template {
+            _ if has_cartridges && self.model.is_llama3 => {
+                llama3_cartridge_prompt(messages, true, false)?
+            }
+            Some(template) => template.render(&TemplateRequest {
+                messages,
+                tools: None,
+                add_generation_prompt: true,
+                continue_final_message: false,
+                kwargs: &Map::new(),
+            })?,
+            None => {
+                let name = &self.model.name;
+                return Err(CliError::Usage(format!("model {name} has no chat template")));
+            }
+        };
+        Ok(self.model.tokenizer.encode(&text, false)?)
+    }
+}
+
+fn mib(count: u64) -> u64 {
+    count.saturating_mul(1 << 20)
+}

@@ -1,0 +1,384 @@
+//! Hostile and damaged cartridge files: nothing in them is executed, nothing makes the reader panic
+//! or take much memory, and each gives an error that says what is wrong. Fixtures:
+//! `scripts/fixtures/cartridges.py`.
+
+use std::{
+    fs,
+    io::{Cursor, Read, Write},
+    path::PathBuf,
+};
+
+use cartouche::cartridge::{
+    Cartridge, CartridgeError, KvShape, read_cartridge, read_cartridge_bytes, validate,
+    write_safetensors,
+};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const MAX_BYTES: u64 = 1 << 20;
+const MODEL: KvShape = KvShape {
+    layers: 2,
+    kv_heads: 2,
+    head_dim: 4,
+};
+
+fn fixtures(kind: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures/cartridges")
+        .join(kind)
+}
+
+fn good(name: &str) -> Cartridge {
+    read_cartridge(&fixtures("good").join(format!("{name}.pt")), MAX_BYTES).unwrap()
+}
+
+fn hostile(name: &str) -> CartridgeError {
+    let path = fixtures("hostile").join(name);
+    let read = read_cartridge(&path, MAX_BYTES).and_then(|c| validate(&c, &MODEL));
+    read.expect_err(name)
+}
+
+#[test]
+fn forbidden_names_are_refused_by_name() {
+    for (file, name) in [
+        ("system.pt", "posix.system"),
+        ("eval4.pt", "builtins.eval"),
+        ("getattr.pt", "__builtin__.getattr"),
+        ("torch_load.pt", "torch.load"),
+        ("dotted.pt", "torch.serialization.load"),
+    ] {
+        match hostile(file) {
+            CartridgeError::Forbidden {
+                global,
+                name: shown,
+            } => {
+                assert_eq!((global.as_str(), shown.as_str()), (name, file))
+            }
+            other => panic!("{file}: {other}"),
+        }
+    }
+}
+
+/// Each hostile file gives an `Invalid` error that says what is wrong.
+#[test]
+fn every_lie_is_told_apart() {
+    for (file, reason) in [
+        ("instance.pt", "opcode 0x69"),
+        ("extension.pt", "opcode 0x82"),
+        ("recursive.pt", "top level"),
+        ("recursive_state.pt", "top level"),
+        ("no_stop.pt", "without STOP"),
+        ("half_pickle.pt", "pickle byte"),
+        ("long_string.pt", "pickle byte 2: a string longer"),
+        ("long_string8.pt", "pickle byte 2: a string longer"),
+        ("frame.pt", "a frame longer"),
+        ("not_a_dict.pt", "top level"),
+        ("huge_shape.pt", "expected [1, 2, 2147483647, 4]"),
+        ("huge_stride.pt", "leaves its storage"),
+        ("overflow.pt", "leaves its storage"),
+        ("negative_stride.pt", "negative size, offset or stride -4"),
+        ("zero_stride.pt", "expected [1, 2, 65535, 4]"),
+        ("offset.pt", "leaves its storage"),
+        ("negative_offset.pt", "negative size, offset or stride -1"),
+        (
+            "huge_storage.pt",
+            "claims 2147483647 elements, has 64 bytes",
+        ),
+        ("batch_two.pt", "shape [2, 1, 4, 4]"),
+        ("fewer_strides.pt", "as many sizes as strides"),
+        ("missing_storage.pt", "storage `0` is missing"),
+        ("short_storage.pt", "claims 32 elements, has 63 bytes"),
+        ("big_endian.pt", "byte order `big`"),
+        ("no_pickle.pt", "exactly one data.pkl"),
+        ("compressed.pt", "compressed"),
+        ("two_stems.pt", "different folders"),
+        ("two_pickles.pt", "exactly one data.pkl"),
+        ("duplicate.pt", "several records of one name"),
+        ("size_lie.pt", "claims 2147483647 bytes"),
+        ("bomb_size.pt", "claims 2147483647 bytes in 64"),
+        ("overlap.pt", "overlap"),
+        ("checksum.pt", "checksum"),
+        ("nan.pt", "layer 1 values: element"),
+        ("infinite.pt", "layer 0 keys: element 0"),
+        ("layers_disagree.pt", "layers of"),
+        ("frozen_layers.pt", "1 layers of frozen keys, but 2"),
+        ("frozen_values_missing.pt", "frozen tokens are missing"),
+        (
+            "shape_disagrees.pt",
+            "layer 1 values: shape [1, 2, 5, 4], expected [1, 2, 4, 4]",
+        ),
+        (
+            "type_disagrees.pt",
+            "layer 1 values: type F32, expected BF16",
+        ),
+        ("batch_of_two.pt", "shape [2, 2, 4, 4]"),
+        ("three_axes.pt", "shape [2, 4, 4], expected [1, kv_heads"),
+        ("double.pt", "type float64"),
+        ("no_keys.pt", "no `trainable_keys`"),
+        ("text.pt", "no tensor"),
+        ("no_layers.pt", "no layers"),
+        ("no_tokens.pt", "0 tokens"),
+        ("legacy.pt", "neither a torch zip nor safetensors"),
+        ("empty.pt", "shorter than"),
+        ("garbage.pt", "open the zip"),
+    ] {
+        match hostile(file) {
+            CartridgeError::Invalid { reason: told, name } => {
+                assert!(
+                    told.contains(reason),
+                    "{file}: expected `{reason}`, got `{told}`"
+                );
+                assert_eq!(
+                    name == file,
+                    !["nan.pt", "infinite.pt"].contains(&file),
+                    "{name}"
+                );
+            }
+            other => panic!("{file}: {other:?}"),
+        }
+    }
+    match hostile("sharing.pt") {
+        CartridgeError::TooLarge { what, .. } => assert!(what.contains("share"), "{what}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn safetensors_bytes() -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.safetensors");
+    write_safetensors(&path, &good("list_bf16")).unwrap();
+    fs::read(path).unwrap()
+}
+
+#[test]
+fn dishonest_safetensors_are_told_apart() {
+    let bytes = safetensors_bytes();
+    let with = |old: &str, new: &str| {
+        assert_eq!(old.len(), new.len());
+        let at = bytes
+            .windows(old.len())
+            .position(|w| w == old.as_bytes())
+            .expect(old);
+        let mut changed = bytes.clone();
+        changed[at..at + old.len()].copy_from_slice(new.as_bytes());
+        changed
+    };
+    let mut flipped = bytes.clone();
+    *flipped.last_mut().unwrap() ^= 1;
+    let length = |n: u64| [&n.to_le_bytes()[..], &bytes[8..]].concat();
+    let longer = [&bytes[..], b"x"].concat();
+    let cases = [
+        (flipped, "digest"),
+        (
+            with("\"tokens\":\"5\"", "\"tokens\":\"6\""),
+            "says 6 tokens",
+        ),
+        (
+            with("\"frozen_tokens\":\"1\"", "\"frozen_tokens\":\"0\""),
+            "digest",
+        ),
+        (
+            with("\"frozen_tokens\":\"1\"", "\"frozen_tokens\":\"x\""),
+            "no number as `frozen_tokens`",
+        ),
+        (
+            with("cartouche.cartridge", "cartouche.cartridgX"),
+            "no cartridge",
+        ),
+        (
+            with("\"format_version\":\"1\"", "\"format_version\":\"2\""),
+            "format version",
+        ),
+        (
+            with("layers.1.values", "layers.1.valueZ"),
+            "layer 1: values are missing",
+        ),
+        (with("layers.1.keys", "layers.2.keys"), "belong to no layer"),
+        (with("\"BF16\"", "\"I16\" "), "type I16"),
+        (length(u64::MAX), "neither a torch zip"),
+        (length(3 << 20), "safetensors"),
+        (length(2), "safetensors"),
+        (longer, "safetensors"),
+        (bytes[..bytes.len() - 1].to_vec(), "safetensors"),
+    ];
+    for (bytes, reason) in cases {
+        match read_cartridge_bytes(&bytes, "x") {
+            Err(CartridgeError::Invalid { reason: told, .. }) => {
+                assert!(told.contains(reason), "expected `{reason}`, got `{told}`")
+            }
+            other => panic!("expected `{reason}`, got {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn no_truncation_is_read_as_a_cartridge() {
+    for name in ["list_bf16", "parameters_bf16"] {
+        let bytes = fs::read(fixtures("good").join(format!("{name}.pt"))).unwrap();
+        for len in 0..bytes.len() {
+            assert!(
+                read_cartridge_bytes(&bytes[..len], "x").is_err(),
+                "{name} cut at {len}"
+            );
+        }
+    }
+    let bytes = safetensors_bytes();
+    for len in 0..bytes.len() {
+        assert!(
+            read_cartridge_bytes(&bytes[..len], "x").is_err(),
+            "safetensors cut at {len}"
+        );
+    }
+}
+
+fn mutate(bytes: &mut Vec<u8>, random: &mut ChaCha8Rng) {
+    let at = random.random_range(0..bytes.len());
+    match random.random_range(0..4) {
+        0 => bytes[at] ^= 1 << random.random_range(0..8),
+        1 => bytes[at] = random.random(),
+        2 => drop(bytes.remove(at)),
+        _ => bytes.insert(at, random.random()),
+    }
+}
+
+/// Thousands of damaged files: whatever comes out, it is an answer, and a file that still reads is
+/// sound.
+#[test]
+fn no_mutation_makes_the_reader_panic() {
+    let mut random = ChaCha8Rng::seed_from_u64(7);
+    let read = |name: &str| fs::read(fixtures("good").join(name)).unwrap();
+    let files = [
+        read("list_bf16.pt"),
+        read("parameters_bf16.pt"),
+        read("views_bf16.pt"),
+        read("extra_keys_bf16.pt"),
+        read("protocol4_bf16.pt"),
+        safetensors_bytes(),
+    ];
+    let (mut refused, mut accepted) = (0, 0);
+    for round in 0..3000 {
+        let mut bytes = files[round % files.len()].clone();
+        for _ in 0..random.random_range(1..4) {
+            mutate(&mut bytes, &mut random);
+        }
+        match read_cartridge_bytes(&bytes, "x") {
+            Ok(cartridge) => {
+                accepted += 1;
+                assert_eq!((cartridge.tokens(), cartridge.shape()), (5, MODEL));
+            }
+            Err(_) => refused += 1,
+        }
+    }
+    // Padding and unused header fields may change without harm; most changes must be noticed.
+    assert!(
+        refused > 1500 && accepted > 0,
+        "{refused} refused, {accepted} accepted"
+    );
+}
+
+/// A cartridge-sized pickle is a few hundred kilobytes; these would need a stack or an arena
+/// without end.
+#[test]
+fn deep_and_endless_pickles_are_bounded() {
+    let repeat = |parts: [(&[u8], usize); 3]| -> Vec<u8> {
+        parts
+            .into_iter()
+            .flat_map(|(bytes, count)| bytes.repeat(count))
+            .collect()
+    };
+    let n = 400_000;
+    for (pickle, expected) in [
+        (
+            repeat([(b"\x80\x02", 1), (b"(", n), (b"t", n)]),
+            "without STOP",
+        ),
+        (
+            repeat([(b"\x80\x02N", 1), (b"\x85", 2 * n), (b".", 1)]),
+            "top level",
+        ),
+        (
+            repeat([(b"\x80\x02]", 1), (b"\x94h\x00a", n), (b".", 1)]),
+            "pickle opcodes",
+        ),
+        (
+            repeat([(b"\x80\x02", 1), (b"N2", n * 2), (b".", 1)]),
+            "pickle opcodes",
+        ),
+        (
+            repeat([(b"\x80\x02", 1), (b"N", 17 << 20), (b".", 1)]),
+            "bytes in a record",
+        ),
+    ] {
+        let error = read_cartridge_bytes(&zipped(&[("x/data.pkl".into(), pickle)]), "x")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains(expected),
+            "expected `{expected}`, got `{error}`"
+        );
+    }
+}
+
+/// A zip as torch makes it, with right checksums around whatever the records hold.
+fn zipped(records: &[(String, Vec<u8>)]) -> Vec<u8> {
+    let mut zip = zip::ZipWriter::new(Cursor::new(Vec::new()));
+    let stored =
+        zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    for (name, bytes) in records {
+        zip.start_file(name, stored).unwrap();
+        zip.write_all(bytes).unwrap();
+    }
+    zip.finish().unwrap().into_inner()
+}
+
+fn records(file: &str) -> Vec<(String, Vec<u8>)> {
+    let bytes = fs::read(fixtures("good").join(file)).unwrap();
+    let config = zip::read::Config {
+        archive_offset: zip::read::ArchiveOffset::Known(0),
+    };
+    let mut zip = zip::ZipArchive::with_config(config, Cursor::new(bytes)).unwrap();
+    let count = zip.len();
+    let read = |i| {
+        let mut record = zip.by_index(i).unwrap();
+        let mut bytes = Vec::new();
+        record.read_to_end(&mut bytes).unwrap();
+        (record.name().unwrap().into_owned(), bytes)
+    };
+    (0..count).map(read).collect()
+}
+
+/// The checksums of a zip hide the pickle from blind mutation, so here they are made right again.
+#[test]
+fn no_mutated_pickle_makes_the_reader_panic() {
+    let mut random = ChaCha8Rng::seed_from_u64(11);
+    let names = [
+        "list_bf16",
+        "parameters_bf16",
+        "views_bf16",
+        "extra_keys_bf16",
+        "protocol4_bf16",
+    ];
+    let files = names.map(|name| records(&format!("{name}.pt")));
+    let (mut refused, mut accepted) = (0, 0);
+    for round in 0..5000 {
+        let mut records = files[round % files.len()].clone();
+        let pickle = records
+            .iter_mut()
+            .find(|(name, _)| name.ends_with("data.pkl"))
+            .unwrap();
+        for _ in 0..random.random_range(1..4) {
+            mutate(&mut pickle.1, &mut random);
+        }
+        match read_cartridge_bytes(&zipped(&records), "x") {
+            Ok(cartridge) => {
+                accepted += 1;
+                assert!(cartridge.bytes() <= 4 * 4096);
+            }
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(
+        refused > 2500 && accepted > 50,
+        "{refused} refused, {accepted} accepted"
+    );
+}

@@ -1,0 +1,157 @@
+//! Cartridges and sources in memory, for the tests of the registry.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use candle_core::{DType, Device, Tensor};
+use cartouche::cartridge::{
+    Cartridge, CartridgeError, CartridgeRef, FileSource, KvShape, LayerKv, Provenance, Registry,
+    RegistryOptions, RemoteSource, Source, Stamp,
+};
+use tokio::sync::Semaphore;
+
+pub const SHAPE: KvShape = KvShape {
+    layers: 2,
+    kv_heads: 2,
+    head_dim: 4,
+};
+/// Bytes of one cartridge of four tokens as f32.
+pub const BYTES: u64 = 2 * 2 * 2 * 4 * 4 * 4;
+
+pub fn cartridge(seed: f32) -> Cartridge {
+    let layer = |offset: f32| {
+        let tensor = |add: f32| Tensor::full(seed + offset + add, (2, 4, 4), &Device::Cpu).unwrap();
+        LayerKv {
+            keys: tensor(0.25),
+            values: tensor(0.5),
+            bias: None,
+        }
+    };
+    Cartridge::new(vec![layer(0.), layer(1.)], 1, Provenance::default()).unwrap()
+}
+
+/// What a file holds, or how reading it fails, and its stamp.
+pub type File = (Result<Cartridge, CartridgeError>, Stamp);
+
+/// Files in memory. Reading an id whose gate is closed blocks until it is opened.
+#[derive(Default)]
+pub struct Fake {
+    pub files: Mutex<HashMap<String, File>>,
+    reads: AtomicUsize,
+    gates: Mutex<HashMap<String, Arc<Semaphore>>>,
+}
+
+impl Fake {
+    pub fn put(&self, id: &str, content: Result<Cartridge, CartridgeError>) {
+        let mut files = self.files.lock().unwrap();
+        let stamp = Stamp {
+            len: files.get(id).map_or(0, |file| file.1.len) + 1,
+            ..Stamp::default()
+        };
+        files.insert(id.to_owned(), (content, stamp));
+    }
+
+    #[allow(dead_code, reason = "each test binary uses its share of this module")]
+    pub fn close(&self, id: &str) -> Arc<Semaphore> {
+        let gate = Arc::new(Semaphore::new(0));
+        self.gates
+            .lock()
+            .unwrap()
+            .insert(id.to_owned(), Arc::clone(&gate));
+        gate
+    }
+
+    pub fn reads(&self) -> usize {
+        self.reads.load(Ordering::SeqCst)
+    }
+}
+
+impl FileSource for Fake {
+    fn stamp(&self, id: &str) -> Result<Option<Stamp>, CartridgeError> {
+        Ok(self.files.lock().unwrap().get(id).map(|file| file.1))
+    }
+
+    fn read(&self, id: &str, _: u64) -> Result<(Cartridge, Stamp), CartridgeError> {
+        let file = self.files.lock().unwrap()[id].clone();
+        self.reads.fetch_add(1, Ordering::SeqCst);
+        let gate = self.gates.lock().unwrap().get(id).cloned();
+        while gate
+            .as_ref()
+            .is_some_and(|gate| gate.try_acquire().is_err())
+        {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok((file.0?, file.1))
+    }
+
+    fn list(&self) -> Vec<String> {
+        self.files.lock().unwrap().keys().cloned().collect()
+    }
+}
+
+pub struct NoRemote;
+
+impl RemoteSource for NoRemote {
+    fn can_fetch(&self, _: Source) -> bool {
+        false
+    }
+
+    fn fetch(&self, id: &str, from: Source) -> Result<(), CartridgeError> {
+        let (id, reason) = (id.to_owned(), "offline".to_owned());
+        Err(CartridgeError::SourceUnavailable { id, from, reason })
+    }
+}
+
+pub fn options(cartridges: u64) -> RegistryOptions {
+    RegistryOptions {
+        dir: None,
+        shape: SHAPE,
+        model: "demo".into(),
+        rope_theta: None,
+        max_positions: 64,
+        device: Device::Cpu,
+        dtype: DType::F32,
+        byte_budget: cartridges * BYTES,
+        max_file_bytes: 1 << 20,
+    }
+}
+
+pub fn registry(cartridges: u64) -> (Arc<Registry>, Arc<Fake>) {
+    let fake = Arc::new(Fake::default());
+    let registry = Registry::with_sources(
+        options(cartridges),
+        Some(Arc::clone(&fake) as Arc<dyn FileSource>),
+        Arc::new(NoRemote),
+    );
+    (registry, fake)
+}
+
+pub fn local(id: &str) -> CartridgeRef {
+    CartridgeRef {
+        id: id.into(),
+        source: Source::Local,
+        force_redownload: false,
+    }
+}
+
+pub fn forced(id: &str) -> CartridgeRef {
+    CartridgeRef {
+        force_redownload: true,
+        ..local(id)
+    }
+}
+
+pub fn resident(registry: &Registry) -> Vec<String> {
+    registry
+        .list()
+        .into_iter()
+        .filter(|info| info.resident)
+        .map(|info| info.id)
+        .collect()
+}
