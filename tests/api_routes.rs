@@ -19,6 +19,10 @@ async fn health_and_ping() {
     assert!(reply.headers.contains_key("retry-after"));
     assert_eq!(server.get("/health").await.status, 503);
     assert_eq!(server.get("/health/live").await.status, 200);
+    for reply in [server.chat(json!({})).await, server.complete(json!({})).await] {
+        assert_eq!((reply.error().0, reply.code().as_str()), (503, "not_ready"));
+        assert!(reply.headers.contains_key("retry-after"));
+    }
 }
 
 #[tokio::test]

@@ -32,6 +32,7 @@ pub async fn completions(
     State(state): State<Arc<AppState>>,
     Body(body): Body,
 ) -> Result<Response, ApiError> {
+    state.check_ready()?;
     let prepared = prepare(&state, RequestBody::parse(&body)?).await?;
     let updates = prepared.submit(&state, state.options.default_max_tokens, false)?;
     let headers = prepared.headers();

@@ -90,6 +90,7 @@ impl Server {
             dir: None,
             shape: info.kv_shape,
             model: MODEL.to_owned(),
+            rope_theta: None,
             max_positions: info.max_context,
             device: Device::Cpu,
             dtype: DType::F32,
