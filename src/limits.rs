@@ -50,6 +50,8 @@ pub const MAX_CARTRIDGE_TOKENS: usize = 1 << 22;
 pub const MAX_CONFIG_YAML_BYTES: u64 = 1 << 20;
 /// Bytes of resident cartridges kept by the registry, unless configured.
 pub const DEFAULT_CARTRIDGE_BUDGET_BYTES: u64 = 2 << 30;
+/// Bytes of a request's `model`, which every chunk of a stream repeats; longer is a 400 that names it.
+pub const MAX_MODEL_NAME_BYTES: usize = 1024;
 /// Choices of one request over all of its prompts (`n` times prompts); more is a 400 that names `n`.
 pub const MAX_CHOICES_PER_REQUEST: usize = 1024;
 /// Log-probabilities one request may ask for (tokens times alternatives, over all choices and prompts);

@@ -19,6 +19,10 @@ async fn health_and_ping() {
     assert!(reply.headers.contains_key("retry-after"));
     assert_eq!(server.get("/health").await.status, 503);
     assert_eq!(server.get("/health/live").await.status, 200);
+    for reply in [server.chat(json!({})).await, server.complete(json!({})).await] {
+        assert_eq!((reply.error().0, reply.code().as_str()), (503, "not_ready"));
+        assert!(reply.headers.contains_key("retry-after"));
+    }
 }
 
 #[tokio::test]
@@ -51,7 +55,8 @@ async fn cartridges_have_their_own_list() {
 #[tokio::test]
 async fn tokenize_and_detokenize() {
     let server = Server::shared();
-    let body = json!({"model": MODEL, "prompt": "Hello world, café 😀.", "return_token_strs": true});
+    let body =
+        json!({"model": MODEL, "prompt": "Hello world, café 😀.", "return_token_strs": true});
     let reply = server.post("/tokenize", body).await.ok();
     assert_eq!(reply["count"], 17);
     assert_eq!(reply["max_model_len"], 4096);
@@ -137,6 +142,7 @@ async fn metrics_count_requests_and_tokens() {
     assert!(reply.header("content-type").starts_with("text/plain"));
     for part in [
         "cartouche_http_requests_total{route=\"/v1/chat/completions\",method=\"POST\",status=\"200\"}",
+        "cartouche_http_requests_total{route=\"unmatched\",method=\"GET\",status=\"404\"}",
         "cartouche_time_to_first_token_seconds_bucket",
         "cartouche_generation_seconds_count{outcome=\"finished\"}",
         "cartouche_completion_tokens_total",

@@ -131,8 +131,7 @@ mod tests {
     fn a_block_that_names_no_cartridge_is_an_error() {
         for block in ["{}", "{\"id\": 3}", "{\"id\":\"a\",\"source\":\"s3\"}", "{broken}"] {
             let content = format!("<cartridge>{block}</cartridge>");
-            let error =
-                take(&mut [json!({"role": "system", "content": content})]).unwrap_err();
+            let error = take(&mut [json!({"role": "system", "content": content})]).unwrap_err();
             assert_eq!(error.param.as_deref(), Some("messages[0].content"));
         }
     }

@@ -89,7 +89,12 @@ pub async fn acquire(
 ) -> Result<Vec<Lease>, ApiError> {
     let mut leases = Vec::with_capacity(references.len());
     for reference in references {
-        leases.push(registry.acquire(reference).await?);
+        let lease = registry.acquire(reference).await?;
+        // Two sources can lead to one cartridge; attended to twice it would weigh twice.
+        let same = |l: &Lease| l.id() == lease.id() && l.generation() == lease.generation();
+        if !leases.iter().any(same) {
+            leases.push(lease);
+        }
     }
     Ok(leases)
 }

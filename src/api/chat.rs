@@ -32,6 +32,7 @@ pub async fn completions(
     State(state): State<Arc<AppState>>,
     Body(body): Body,
 ) -> Result<Response, ApiError> {
+    state.check_ready()?;
     let prepared = prepare(&state, RequestBody::parse(&body)?).await?;
     let updates = prepared.submit(&state, state.options.default_max_tokens, false)?;
     let headers = prepared.headers();
@@ -44,10 +45,7 @@ pub async fn completions(
     Ok(with_headers(response, headers))
 }
 
-async fn prepare(
-    state: &AppState,
-    body: RequestBody<ChatFields>,
-) -> Result<Prepared, ApiError> {
+async fn prepare(state: &AppState, body: RequestBody<ChatFields>) -> Result<Prepared, ApiError> {
     let started = Instant::now();
     let RequestBody { own, common, ignored } = body;
     let mut notes = Notes { ignored, warnings: Vec::new() };
@@ -62,8 +60,7 @@ async fn prepare(
     if !blocks.is_empty() && !list.is_empty() {
         notes.warnings.push("<cartridge> blocks replace the cartridges list".to_owned());
     }
-    let references =
-        cartridges::collect(suffix, blocks, list, state.options.sort_cartridges)?;
+    let references = cartridges::collect(suffix, blocks, list, state.options.sort_cartridges)?;
     let has_cartridges = !references.is_empty();
     let add_special = settings.add_special_tokens.unwrap_or(false);
     let (leases, (prompt, unused)) =

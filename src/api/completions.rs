@@ -36,6 +36,7 @@ pub async fn completions(
     State(state): State<Arc<AppState>>,
     Body(body): Body,
 ) -> Result<Response, ApiError> {
+    state.check_ready()?;
     let body = RequestBody::<CompletionFields>::parse(&body)?;
     let echo = body.own.echo.unwrap_or(false);
     let prepared = prepare(&state, body, echo).await?;

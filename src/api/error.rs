@@ -193,7 +193,8 @@ impl From<CartridgeError> for ApiError {
         Self {
             code: Some(error.code()),
             param: Some("cartridges".to_owned()),
-            retry_after: matches!(error, CartridgeError::Busy { .. }).then_some(RETRY_QUEUE_SECONDS),
+            retry_after: matches!(error, CartridgeError::Busy { .. })
+                .then_some(RETRY_QUEUE_SECONDS),
             ..Self::new(status, kind, error.to_string())
         }
     }
@@ -242,6 +243,38 @@ mod tests {
             ApiError::from(EngineError::QueueFull { waiting: 3, limit: 3 }).into_response();
         assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
         assert_eq!(response.headers()[RETRY_AFTER], "1");
+    }
+
+    #[test]
+    fn engine_and_cartridge_failures_have_their_status() {
+        let down = ApiError::from(EngineError::ShuttingDown);
+        assert_eq!((down.status.as_u16(), down.code), (503, Some("shutting_down")));
+        assert!(down.into_response().headers().contains_key(RETRY_AFTER));
+        let broken = ApiError::from(EngineError::NonFiniteLogits);
+        assert_eq!((broken.status.as_u16(), broken.code), (500, Some("non_finite_logits")));
+        let field = EngineError::InvalidRequest { field: "n", reason: "is odd".to_owned() };
+        assert_eq!(ApiError::from(field).param.as_deref(), Some("n"));
+        let (id, reason) = (String::from("a"), String::from("why"));
+        let cases = [
+            (CartridgeError::NotFound { id: id.clone(), hint: reason.clone() }, 404),
+            (CartridgeError::Invalid { name: id.clone(), reason: reason.clone() }, 400),
+            (CartridgeError::Mismatch { name: id.clone(), what: "layers", have: 1, need: 2 }, 400),
+            (
+                CartridgeError::SourceUnavailable {
+                    id: id.clone(),
+                    from: crate::cartridge::Source::Wandb,
+                    reason: reason.clone(),
+                },
+                502,
+            ),
+            (CartridgeError::Busy { id, reason }, 503),
+        ];
+        for (error, status) in cases {
+            let code = error.code();
+            let error = ApiError::from(error);
+            assert_eq!((error.status.as_u16(), error.code), (status, Some(code)));
+            assert_eq!(error.param.as_deref(), Some("cartridges"));
+        }
     }
 
     #[test]

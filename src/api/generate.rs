@@ -47,6 +47,8 @@ pub struct TextOptions {
     /// Ends that are the model's, and ends that the request asked for.
     pub eos_token_ids: Vec<u32>,
     pub stop_token_ids: Vec<u32>,
+    /// Text of this many tokens is not searched for stop strings.
+    pub min_tokens: usize,
 }
 
 /// The choices of one prompt.
@@ -56,6 +58,7 @@ pub struct Assembly {
     include_stop: bool,
     eos: HashSet<u32>,
     stop_token_ids: HashSet<u32>,
+    min_tokens: usize,
     open: usize,
 }
 
@@ -63,6 +66,7 @@ struct Choice {
     detokenizer: Detokenizer,
     matcher: StopMatcher,
     chars: usize,
+    tokens: usize,
     last: Option<u32>,
     done: bool,
 }
@@ -79,6 +83,7 @@ impl Assembly {
             detokenizer: detokenizer.clone(),
             matcher: StopMatcher::new(options.stop.clone()),
             chars: 0,
+            tokens: 0,
             last: None,
             done: false,
         };
@@ -88,6 +93,7 @@ impl Assembly {
             include_stop: options.include_stop,
             eos: options.eos_token_ids.iter().copied().collect(),
             stop_token_ids: options.stop_token_ids.iter().copied().collect(),
+            min_tokens: options.min_tokens,
             open: options.n,
         }
     }
@@ -113,15 +119,20 @@ impl Assembly {
     fn on_token(&mut self, index: usize, token: SampledToken) -> Option<Update> {
         let choice = self.choices.get_mut(index).filter(|c| !c.done)?;
         choice.last = Some(token.id);
+        choice.tokens += 1;
         let offset = choice.chars;
         let ends = self.eos.contains(&token.id) || self.stop_token_ids.contains(&token.id);
         let (mut text, mut finish) = (String::new(), None);
         if !ends || self.include_stop {
             let new = choice.detokenizer.push(token.id);
             choice.chars += new.chars().count();
-            let push = choice.matcher.push(&new);
-            text = push.emit;
-            finish = push.matched.map(|i| self.stop[i].clone());
+            if choice.tokens <= self.min_tokens {
+                text = new;
+            } else {
+                let push = choice.matcher.push(&new);
+                text = push.emit;
+                finish = push.matched.map(|i| self.stop[i].clone());
+            }
         }
         let finish = finish.map(|stop| {
             text.push_str(if self.include_stop { &stop } else { "" });

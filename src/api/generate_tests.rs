@@ -12,6 +12,7 @@ fn options(stop: &[&str]) -> TextOptions {
         skip_special_tokens: true,
         eos_token_ids: vec![2],
         stop_token_ids: vec![16],
+        min_tokens: 0,
     }
 }
 
@@ -71,13 +72,33 @@ fn requested_stop_tokens_are_named_and_hidden() {
 #[test]
 fn stop_strings_end_the_choice_across_tokens() {
     for (stop, expected) in [("wor", "Hello "), ("o w", "Hell"), ("rld", "Hello wo")] {
-        let (text, finish, _) = run(&options(&[stop]), "Hello world again", &[], FinishReason::Length);
+        let (text, finish, _) =
+            run(&options(&[stop]), "Hello world again", &[], FinishReason::Length);
         assert_eq!(text, expected);
         assert_eq!(finish, Finish { reason: "stop", stop: stop.into() });
         let shown = TextOptions { include_stop: true, ..options(&[stop]) };
         let (text, ..) = run(&shown, "Hello world again", &[], FinishReason::Length);
         assert_eq!(text, format!("{expected}{stop}"));
     }
+}
+
+#[test]
+fn stop_strings_wait_for_min_tokens() {
+    // "Hello", " w", "or", "l", "d", " w", "or", ...
+    let patient = TextOptions { min_tokens: 5, ..options(&["wor"]) };
+    let (text, finish, _) = run(&patient, "Hello world world", &[], FinishReason::Length);
+    assert_eq!((text.as_str(), finish.reason), ("Hello world ", "stop"));
+}
+
+#[test]
+fn a_completion_that_goes_on_keeps_its_context() {
+    // The prompt ends inside a char; the completion's text begins with the whole char.
+    let tokenizer = tokenizer();
+    let ids = tokenizer.encode("aé", false).unwrap();
+    let (last, context) = ids.split_last().unwrap();
+    let mut assembly = Assembly::new(&tokenizer, &options(&[]), context);
+    let update = assembly.on_event(Event::Token { choice: 0, token: token(*last) }).unwrap();
+    assert!(matches!(update, Some(Update::Delta { text, .. }) if text == "é"));
 }
 
 #[test]

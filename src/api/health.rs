@@ -19,12 +19,6 @@ pub async fn live() -> Json<Value> {
 
 /// `GET /health/ready` and `GET /health`: 503 while starting or draining.
 pub async fn ready(State(state): State<Arc<AppState>>) -> Result<Json<Value>, ApiError> {
-    if state.ready.get() {
-        Ok(Json(json!({"status": "ready"})))
-    } else {
-        Err(ApiError {
-            code: Some("not_ready"),
-            ..ApiError::unavailable("the server is starting or shutting down")
-        })
-    }
+    state.check_ready()?;
+    Ok(Json(json!({"status": "ready"})))
 }

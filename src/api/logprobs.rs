@@ -3,7 +3,7 @@
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde_json::{Map, Value, json};
 
-use super::openai::reply::{ChatLogprobs, TextLogprobs, TokenLogprob, TopLogprob};
+use super::openai::reply::{ChatLogprobs, TextLogprobs, TokenLogprob, TopLogprob, TopMap};
 use crate::{engine::SampledToken, text::Tokenizer};
 
 /// Stands for minus infinity, which JSON cannot say (vLLM sends the same number).
@@ -32,10 +32,12 @@ impl TokenWriter {
         match self.style {
             TokenStyle::Id => format!("token_id:{id}"),
             TokenStyle::Piece => self.tokenizer.token_string(id),
-            TokenStyle::Text => String::from_utf8(self.tokenizer.token_bytes(id)).unwrap_or_else(|e| {
-                let hex = |b: &u8| format!("\\x{b:02x}");
-                format!("bytes:{}", e.as_bytes().iter().map(hex).collect::<String>())
-            }),
+            TokenStyle::Text => {
+                String::from_utf8(self.tokenizer.token_bytes(id)).unwrap_or_else(|e| {
+                    let hex = |b: &u8| format!("\\x{b:02x}");
+                    format!("bytes:{}", e.as_bytes().iter().map(hex).collect::<String>())
+                })
+            }
         }
     }
 
@@ -48,7 +50,11 @@ impl TokenWriter {
                 id: t.id,
                 bytes: self.tokenizer.token_bytes(t.id),
                 logprob: finite(t.logprob),
-                top_logprobs: t.top.iter().map(|&(id, logprob)| self.alternative(id, logprob)).collect(),
+                top_logprobs: t
+                    .top
+                    .iter()
+                    .map(|&(id, logprob)| self.alternative(id, logprob))
+                    .collect(),
             })
             .collect();
         ChatLogprobs { content, refusal: None }
@@ -78,10 +84,13 @@ impl TokenWriter {
         lists.text_offset.push(offset);
         if top {
             let map = sampled.map(|t| {
-                let mut map = Map::new();
+                let mut map = TopMap::default();
                 // The token itself is always there (OpenAI), also when it is not among the most likely.
                 for &(id, logprob) in t.top.iter().chain([&(t.id, t.logprob)]) {
-                    map.entry(self.name(id)).or_insert_with(|| finite(logprob).into());
+                    let name = self.name(id);
+                    if map.0.iter().all(|(seen, _)| *seen != name) {
+                        map.0.push((name, finite(logprob)));
+                    }
                 }
                 map
             });

@@ -12,7 +12,8 @@ fn token(id: u32, logprob: f32, top: &[(u32, f32)]) -> SampledToken {
 #[test]
 fn chat_entries() {
     // " w", then the first byte of a two-byte char.
-    let tokens = [token(326, -0.25, &[(326, -0.25), (14, -2.0)]), token(130, f32::NEG_INFINITY, &[])];
+    let tokens =
+        [token(326, -0.25, &[(326, -0.25), (14, -2.0)]), token(130, f32::NEG_INFINITY, &[])];
     let wire = serde_json::to_value(writer(TokenStyle::Text).chat(&tokens)).unwrap();
     let expected = json!({
         "content": [

@@ -27,8 +27,8 @@ const CHOICES: &str = "cartouche_choices_finished_total";
 
 /// Upper bounds of the time histograms, in seconds.
 const SECONDS: &[f64] = &[
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
-    300.0,
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+    120.0, 300.0,
 ];
 
 /// A recorder builder with this crate's buckets; the caller installs it and keeps the handle.

@@ -60,10 +60,10 @@ pub fn router(state: Arc<AppState>) -> Router {
     }
     router
         .method_not_allowed_fallback(async || ApiError::method_not_allowed())
-        .layer(DefaultBodyLimit::max(limits::MAX_BODY_BYTES))
-        .route_layer(middleware::from_fn(metrics::count))
         .fallback(async || ApiError::not_found("there is no such route"))
+        .layer(DefaultBodyLimit::max(limits::MAX_BODY_BYTES))
         .layer(CatchPanicLayer::custom(on_panic))
+        .layer(middleware::from_fn(metrics::count))
         .with_state(state)
 }
 

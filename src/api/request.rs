@@ -26,6 +26,7 @@ use super::{
 use crate::{
     cartridge::{CartridgeRef, Lease},
     engine::GenerateRequest,
+    limits,
 };
 
 const IGNORED_FIELDS: HeaderName = HeaderName::from_static("x-cartouche-ignored-fields");
@@ -67,6 +68,10 @@ pub fn resolve_model<'a>(
     requested: Option<&'a str>,
     warnings: &mut Vec<String>,
 ) -> Result<Option<&'a str>, ApiError> {
+    if requested.is_some_and(|name| name.len() > limits::MAX_MODEL_NAME_BYTES) {
+        let message = format!("model is longer than {} bytes", limits::MAX_MODEL_NAME_BYTES);
+        return Err(ApiError::invalid("model", message));
+    }
     match ModelName::parse(requested, &state.model.name) {
         ModelName::Served => Ok(None),
         ModelName::WithCartridge(id) => Ok(Some(id)),
@@ -74,7 +79,8 @@ pub fn resolve_model<'a>(
             Err(ApiError::model_not_found(name))
         }
         ModelName::Other(_) => {
-            warnings.push(format!("the model named is not served here; {} answers", state.model.name));
+            warnings
+                .push(format!("the model named is not served here; {} answers", state.model.name));
             Ok(None)
         }
     }
@@ -86,10 +92,7 @@ pub async fn lease_and_tokenise<T: Send + 'static>(
     references: &[CartridgeRef],
     tokenise: impl FnOnce(&ServedModel) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<(Vec<Lease>, T), ApiError> {
-    tokio::try_join!(
-        cartridges::acquire(&state.registry, references),
-        off_thread(state, tokenise)
-    )
+    tokio::try_join!(cartridges::acquire(&state.registry, references), off_thread(state, tokenise))
 }
 
 /// Runs text work on a thread where it can take its time.
@@ -133,13 +136,15 @@ impl Prepared {
             skip_special_tokens: s.skip_special_tokens,
             eos_token_ids: s.eos_token_ids.clone(),
             stop_token_ids: s.stop_token_ids.clone(),
+            min_tokens: s.sampling.min_tokens,
         };
         let mut streams = Vec::with_capacity(self.prompts.len());
         for (prompt, max_tokens) in self.prompts.iter().zip(budgets) {
             let mut sampling = s.sampling.clone();
             sampling.max_tokens = max_tokens;
             if sampling.min_tokens > max_tokens {
-                let message = format!("min_tokens is larger than max_tokens, which is {max_tokens}");
+                let message =
+                    format!("min_tokens is larger than max_tokens, which is {max_tokens}");
                 return Err(ApiError::invalid("min_tokens", message));
             }
             let stream = state.engine.submit(GenerateRequest {

@@ -7,6 +7,7 @@ use std::sync::{
 
 use metrics_exporter_prometheus::PrometheusHandle;
 
+use super::error::ApiError;
 use crate::{
     cartridge::Registry,
     engine::EngineHandle,
@@ -53,7 +54,7 @@ impl Default for ApiOptions {
     }
 }
 
-/// Whether the server should be sent new requests. Clones share one flag.
+/// Whether the server takes new generation requests. Clones share one flag, which is false at first.
 #[derive(Debug, Clone, Default)]
 pub struct Readiness(Arc<AtomicBool>);
 
@@ -73,10 +74,22 @@ pub struct AppState {
     pub registry: Arc<Registry>,
     pub model: Arc<ServedModel>,
     pub options: ApiOptions,
-    /// `/health/ready`; the server sets it once the model answers and clears it when it drains.
+    /// Set once the model answers, cleared when the server drains; while it is not set `/health/ready` and
+    /// the generation routes answer 503.
     pub ready: Readiness,
     /// Renders `/metrics`; `None` answers 404 there.
     pub metrics: Option<PrometheusHandle>,
     /// Unix seconds of the start, shown as the model's `created`.
     pub started: u64,
+}
+
+impl AppState {
+    /// 503 while starting or draining.
+    pub(super) fn check_ready(&self) -> Result<(), ApiError> {
+        if self.ready.get() {
+            return Ok(());
+        }
+        let message = "the server is starting or shutting down";
+        Err(ApiError { code: Some("not_ready"), ..ApiError::unavailable(message) })
+    }
 }

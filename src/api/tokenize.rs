@@ -15,11 +15,7 @@ use super::{
     AppState,
     error::ApiError,
     extract::{Body, field_names, parse, unknown_keys},
-    openai::{
-        fields::ChatFields,
-        params::unknown_token,
-        prompt::ChatPrompt,
-    },
+    openai::{fields::ChatFields, params::unknown_token, prompt::ChatPrompt},
     request::{self, Notes, headers_of, with_headers},
 };
 

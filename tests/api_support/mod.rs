@@ -90,6 +90,7 @@ impl Server {
             dir: None,
             shape: info.kv_shape,
             model: MODEL.to_owned(),
+            rope_theta: None,
             max_positions: info.max_context,
             device: Device::Cpu,
             dtype: DType::F32,
@@ -132,7 +133,8 @@ impl Server {
                     ((x >> 40) as f32 / (1 << 24) as f32 - 0.5) * 4.0
                 })
                 .collect();
-            Tensor::from_vec(values, (shape.kv_heads, tokens, shape.head_dim), &Device::Cpu).unwrap()
+            Tensor::from_vec(values, (shape.kv_heads, tokens, shape.head_dim), &Device::Cpu)
+                .unwrap()
         };
         let layers = (0..shape.layers as u64)
             .map(|i| LayerKv { keys: tensor(2 * i), values: tensor(2 * i + 1), bias: None })

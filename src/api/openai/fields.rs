@@ -103,6 +103,9 @@ struct ChatEcho {
 
 const NO_CONSTRAINTS: &str = "output is not constrained to a schema or grammar";
 
+/// Name, value, whether the value asks for nothing, what to do instead.
+type Rule<'a> = (&'static str, Option<Value>, &'a dyn Fn(&Value) -> bool, &'static str);
+
 impl RefusedFields {
     fn check(self, n: Option<i64>) -> Result<(), ApiError> {
         let empty = |v: &Value| match v {
@@ -116,7 +119,7 @@ impl RefusedFields {
         let is_one = |v: &Value| v.as_f64() == Some(1.0);
         let auto = |v: &Value| matches!(v.as_str(), Some("auto" | "none"));
         let text_only = |v: &Value| v.as_array().is_some_and(|m| m.iter().all(|m| m == "text"));
-        let rules: [(&str, Option<Value>, &dyn Fn(&Value) -> bool, &str); 21] = [
+        let rules: [Rule<'_>; 21] = [
             ("allowed_token_ids", self.allowed_token_ids, &empty, "use logit_bias"),
             ("audio", self.audio, &empty, "this server speaks text"),
             ("bad_words", self.bad_words, &empty, "use logit_bias"),
@@ -174,7 +177,10 @@ impl<F: DeserializeOwned> RequestBody<F> {
         if ignored.iter().any(|key| key == "echo") {
             // Completions have it of their own; in chat it would show the last message before the reply.
             if parse::<ChatEcho>(json)?.echo == Some(true) {
-                return Err(ApiError::unsupported("echo", "only /v1/completions echoes its prompt"));
+                return Err(ApiError::unsupported(
+                    "echo",
+                    "only /v1/completions echoes its prompt",
+                ));
             }
             ignored.retain(|key| key != "echo");
         }

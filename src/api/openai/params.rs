@@ -188,9 +188,7 @@ pub fn token_budget(
 ) -> Result<usize, ApiError> {
     let rest = limit.saturating_sub(prompt).saturating_sub(cartridge);
     match requested {
-        Some(tokens) if tokens > rest => {
-            Err(ApiError::too_long(prompt, cartridge, tokens, limit))
-        }
+        Some(tokens) if tokens > rest => Err(ApiError::too_long(prompt, cartridge, tokens, limit)),
         Some(0) if prompt.saturating_add(cartridge) > limit => {
             Err(ApiError::too_long(prompt, cartridge, 0, limit))
         }
@@ -239,7 +237,8 @@ fn float(name: &str, value: Option<f64>, low: f64, high: f64) -> Result<Option<f
 fn max_tokens(f: &CommonFields, allow_zero: bool) -> Result<Option<usize>, ApiError> {
     let (name, value) = match (f.max_tokens, f.max_completion_tokens) {
         (Some(a), Some(b)) if a != b => {
-            let message = "exactly one of max_tokens or max_completion_tokens must be set; they differ";
+            let message =
+                "exactly one of max_tokens or max_completion_tokens must be set; they differ";
             return Err(ApiError::invalid("max_tokens", message));
         }
         (_, Some(value)) => ("max_completion_tokens", value),
@@ -270,8 +269,9 @@ fn sampling(f: &CommonFields, vocab_size: usize) -> Result<SamplingParams, ApiEr
         return Err(ApiError::invalid("repetition_penalty", message));
     }
     Ok(SamplingParams {
-        temperature: temperature
-            .map_or(default.temperature, |t| if f64::from(t) < GREEDY_TEMPERATURE { 0.0 } else { t }),
+        temperature: temperature.map_or(default.temperature, |t| {
+            if f64::from(t) < GREEDY_TEMPERATURE { 0.0 } else { t }
+        }),
         // OpenAI accepts 0, which leaves the most likely token only.
         top_p: if top_p == 0.0 { 1.0 } else { top_p },
         top_k: if top_p == 0.0 { 1 } else { top_k },

@@ -1,7 +1,7 @@
 //! Reply bodies. Members that the OpenAI types have are present even when null, because clients built on
 //! those types read them; members of our own follow.
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::Value;
 
 use crate::cartridge::Lease;
@@ -160,8 +160,19 @@ pub struct TextLogprobs {
     pub tokens: Vec<String>,
     /// Null for the first token of a prompt, which nothing predicts.
     pub token_logprobs: Vec<Option<f32>>,
-    /// Token string to log-probability, most likely first; null as a whole for `logprobs: 0`.
-    pub top_logprobs: Option<Vec<Option<serde_json::Map<String, Value>>>>,
+    /// Null as a whole for `logprobs: 0`.
+    pub top_logprobs: Option<Vec<Option<TopMap>>>,
     /// Chars (not bytes) of `text` before each token.
     pub text_offset: Vec<usize>,
+}
+
+/// Token string to log-probability, most likely first. Not a JSON value, which would widen the numbers to
+/// f64: clients compare them with `token_logprobs`.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct TopMap(pub Vec<(String, f32)>);
+
+impl Serialize for TopMap {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(token, logprob)| (token, logprob)))
+    }
 }
