@@ -19,17 +19,10 @@ async fn the_least_recently_used_is_evicted_and_comes_back() {
     }
     assert_eq!(resident(&registry), ["a", "c"]);
     let listed = registry.list();
-    assert_eq!(
-        listed.len(),
-        3,
-        "an evicted cartridge is still on disk: {listed:?}"
-    );
+    assert_eq!(listed.len(), 3, "an evicted cartridge is still on disk: {listed:?}");
     let b = registry.acquire(&local("b")).await.unwrap();
     assert_eq!(b.generation(), cartridge(2.).generation());
-    assert_eq!(
-        (fake.reads(), resident(&registry)),
-        (4, vec!["b".to_owned(), "c".to_owned()])
-    );
+    assert_eq!((fake.reads(), resident(&registry)), (4, vec!["b".to_owned(), "c".to_owned()]));
 }
 
 #[tokio::test]
@@ -41,10 +34,7 @@ async fn what_is_lent_is_never_evicted() {
     let a = registry.acquire(&local("a")).await.unwrap();
     let b = registry.acquire(&local("b")).await.unwrap();
     let error = registry.acquire(&local("c")).await.unwrap_err();
-    assert!(
-        matches!(&error, CartridgeError::Busy { id, .. } if id == "c"),
-        "{error}"
-    );
+    assert!(matches!(&error, CartridgeError::Busy { id, .. } if id == "c"), "{error}");
     assert_eq!(resident(&registry), ["a", "b"]);
     drop(a);
     registry.acquire(&local("c")).await.unwrap();
@@ -52,10 +42,7 @@ async fn what_is_lent_is_never_evicted() {
     // A retired generation counts as long as it is lent.
     fake.put("b", Ok(cartridge(4.)));
     let new_b = registry.acquire(&local("b")).await.unwrap();
-    assert!(matches!(
-        registry.acquire(&local("c")).await,
-        Err(CartridgeError::Busy { .. })
-    ));
+    assert!(matches!(registry.acquire(&local("c")).await, Err(CartridgeError::Busy { .. })));
     drop(b);
     registry.acquire(&local("c")).await.unwrap();
     drop(new_b);
@@ -69,23 +56,11 @@ async fn one_content_under_two_names_is_kept_once() {
     let a = registry.acquire(&local("a")).await.unwrap();
     let b = registry.acquire(&local("b")).await.unwrap();
     assert_eq!((a.id(), b.id()), ("a", "b"));
-    assert!(
-        a.layers()[0].keys.id() == b.layers()[0].keys.id(),
-        "the same tensors"
-    );
+    assert!(a.layers()[0].keys.id() == b.layers()[0].keys.id(), "the same tensors");
     // Retiring one name keeps what the other one needs.
-    fake.put(
-        "b",
-        Err(CartridgeError::Invalid {
-            name: "b".into(),
-            reason: "gone bad".into(),
-        }),
-    );
+    fake.put("b", Err(CartridgeError::Invalid { name: "b".into(), reason: "gone bad".into() }));
     assert!(registry.acquire(&local("b")).await.is_err());
-    assert_eq!(
-        registry.acquire(&local("a")).await.unwrap().generation(),
-        a.generation()
-    );
+    assert_eq!(registry.acquire(&local("a")).await.unwrap().generation(), a.generation());
 }
 
 #[tokio::test]
@@ -96,65 +71,35 @@ async fn inserted_cartridges_are_pinned_and_found_from_any_source() {
     fake.put("a", Ok(cartridge(2.)));
     fake.put("b", Ok(cartridge(3.)));
     for source in [Source::Wandb, Source::Local, Source::Huggingface] {
-        let wanted = CartridgeRef {
-            source,
-            ..forced("demo")
-        };
-        assert_eq!(
-            registry.acquire(&wanted).await.unwrap().generation(),
-            built_in
-        );
+        let wanted = CartridgeRef { source, ..forced("demo") };
+        assert_eq!(registry.acquire(&wanted).await.unwrap().generation(), built_in);
     }
     for id in ["a", "b", "a"] {
         registry.acquire(&local(id)).await.unwrap();
         assert!(resident(&registry).contains(&"demo".to_owned()));
     }
-    let pinned: Vec<_> = registry
-        .list()
-        .into_iter()
-        .filter(|info| info.pinned)
-        .collect();
-    assert_eq!(
-        (pinned.len(), pinned[0].tokens, pinned[0].bytes),
-        (1, Some(4), Some(BYTES))
-    );
+    let pinned: Vec<_> = registry.list().into_iter().filter(|info| info.pinned).collect();
+    assert_eq!((pinned.len(), pinned[0].tokens, pinned[0].bytes), (1, Some(4), Some(BYTES)));
     // Publishing again under the name replaces it for new requests only.
     let lease = registry.acquire(&local("demo")).await.unwrap();
     let newer = registry.insert("demo", cartridge(5.)).unwrap();
-    assert_eq!(
-        registry.acquire(&local("demo")).await.unwrap().generation(),
-        newer
-    );
+    assert_eq!(registry.acquire(&local("demo")).await.unwrap().generation(), newer);
     assert_eq!(lease.generation(), built_in);
 }
 
 #[tokio::test]
 async fn a_cartridge_that_does_not_fit_is_never_published() {
     let (registry, fake) = registry(1);
-    let one_layer = Cartridge::new(
-        cartridge(1.).layers()[..1].to_vec(),
-        0,
-        Provenance::default(),
-    );
+    let one_layer = Cartridge::new(cartridge(1.).layers()[..1].to_vec(), 0, Provenance::default());
     fake.put("other", Ok(one_layer.unwrap()));
     let error = registry.acquire(&local("other")).await.unwrap_err();
-    assert!(
-        matches!(&error, CartridgeError::Mismatch { name, .. } if name == "other"),
-        "{error}"
-    );
+    assert!(matches!(&error, CartridgeError::Mismatch { name, .. } if name == "other"), "{error}");
     fake.put("nan", Ok(cartridge(f32::NAN)));
     let error = registry.acquire(&local("nan")).await.unwrap_err();
-    assert!(
-        matches!(&error, CartridgeError::Invalid { name, .. } if name == "nan"),
-        "{error}"
-    );
+    assert!(matches!(&error, CartridgeError::Invalid { name, .. } if name == "nan"), "{error}");
     let long = |tokens| {
         let zeros = Tensor::zeros((2, tokens, 4), DType::BF16, &Device::Cpu).unwrap();
-        let layer = LayerKv {
-            keys: zeros.clone(),
-            values: zeros,
-            bias: None,
-        };
+        let layer = LayerKv { keys: zeros.clone(), values: zeros, bias: None };
         Cartridge::new(vec![layer; 2], 0, Provenance::default()).unwrap()
     };
     fake.put("long", Ok(long(64)));
@@ -177,20 +122,14 @@ async fn a_cartridge_that_does_not_fit_is_never_published() {
 #[tokio::test]
 async fn numbers_that_overflow_the_servers_type_are_refused() {
     let fake = Arc::new(Fake::default());
-    let options = RegistryOptions {
-        dtype: DType::F16,
-        ..options(1)
-    };
+    let options = RegistryOptions { dtype: DType::F16, ..options(1) };
     let files = Some(Arc::clone(&fake) as Arc<dyn FileSource>);
     let registry = Registry::with_sources(options, files, Arc::new(NoRemote));
     fake.put("big", Ok(cartridge(1e6)));
     let error = registry.acquire(&local("big")).await.unwrap_err();
     assert!(error.to_string().contains("not finite"), "{error}");
     fake.put("big", Ok(cartridge(1.)));
-    assert_eq!(
-        registry.acquire(&local("big")).await.unwrap().dtype(),
-        DType::F16
-    );
+    assert_eq!(registry.acquire(&local("big")).await.unwrap().dtype(), DType::F16);
     assert_eq!(
         registry.acquire(&local("big")).await.unwrap().generation(),
         cartridge(1.).generation()
@@ -232,10 +171,7 @@ async fn books_balance_after_confusion() {
         task.await.unwrap();
     }
     let list = registry.list();
-    assert!(
-        list.iter().all(|info| info.leases == 0 && !info.retired),
-        "{list:?}"
-    );
+    assert!(list.iter().all(|info| info.leases == 0 && !info.retired), "{list:?}");
     let generations: std::collections::HashSet<_> =
         list.iter().filter_map(|info| info.generation).collect();
     assert!(generations.len() <= 3, "{list:?}");

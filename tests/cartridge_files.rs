@@ -11,16 +11,10 @@ use cartouche::cartridge::{
 };
 
 const MAX_BYTES: u64 = 1 << 20;
-const MODEL: KvShape = KvShape {
-    layers: 2,
-    kv_heads: 2,
-    head_dim: 4,
-};
+const MODEL: KvShape = KvShape { layers: 2, kv_heads: 2, head_dim: 4 };
 
 fn fixtures(kind: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures/cartridges")
-        .join(kind)
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/cartridges").join(kind)
 }
 
 fn good(name: &str) -> Cartridge {
@@ -44,42 +38,21 @@ fn expected(layer: usize, kind: usize, [heads, tokens, dim]: [usize; 3]) -> Vec<
 }
 
 fn numbers(tensor: &Tensor) -> Vec<f32> {
-    tensor
-        .to_dtype(DType::F32)
-        .unwrap()
-        .flatten_all()
-        .unwrap()
-        .to_vec1()
-        .unwrap()
+    tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
 #[test]
 fn what_torch_writes_is_read_exactly() {
-    let names = fs::read_dir(fixtures("good")).unwrap().map(|entry| {
-        entry
-            .unwrap()
-            .path()
-            .file_stem()
-            .unwrap()
-            .to_str()
-            .unwrap()
-            .to_owned()
-    });
+    let names = fs::read_dir(fixtures("good"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned());
     let names: Vec<_> = names.collect();
     assert_eq!(names.len(), 18, "a fixture is missing or new: {names:?}");
     for name in names {
         let cartridge = good(&name);
         let heads = if name.contains("one_head") { 1 } else { 2 };
         let layers = if name.contains("eleven") { 11 } else { 2 };
-        assert_eq!(
-            cartridge.shape(),
-            KvShape {
-                layers,
-                kv_heads: heads,
-                head_dim: 4
-            },
-            "{name}"
-        );
+        assert_eq!(cartridge.shape(), KvShape { layers, kv_heads: heads, head_dim: 4 }, "{name}");
         assert_eq!(cartridge.tokens(), 5, "{name}");
         let dtype = match name.rsplit('_').next().unwrap() {
             "f16" => DType::F16,
@@ -87,21 +60,12 @@ fn what_torch_writes_is_read_exactly() {
             _ => DType::BF16,
         };
         assert_eq!(cartridge.dtype(), dtype, "{name}");
-        let without_frozen = ["no_frozen", "eleven", "parameter_state"]
-            .iter()
-            .any(|part| name.starts_with(part));
-        assert_eq!(
-            cartridge.frozen_tokens(),
-            usize::from(!without_frozen),
-            "{name}"
-        );
+        let without_frozen =
+            ["no_frozen", "eleven", "parameter_state"].iter().any(|part| name.starts_with(part));
+        assert_eq!(cartridge.frozen_tokens(), usize::from(!without_frozen), "{name}");
         for (i, layer) in cartridge.layers().iter().enumerate() {
             for (kind, tensor) in [&layer.keys, &layer.values].into_iter().enumerate() {
-                assert_eq!(
-                    numbers(tensor),
-                    expected(i, kind, [heads, 5, 4]),
-                    "{name} layer {i}"
-                );
+                assert_eq!(numbers(tensor), expected(i, kind, [heads, 5, 4]), "{name} layer {i}");
             }
         }
     }
@@ -125,12 +89,7 @@ fn one_content_has_one_generation_in_every_container() {
         assert_eq!(good(name).generation(), reference, "{name}");
     }
     // Type, split and shape are part of the identity.
-    for name in [
-        "list_f16",
-        "list_f32",
-        "no_frozen_bf16",
-        "views_one_head_bf16",
-    ] {
+    for name in ["list_f16", "list_f32", "no_frozen_bf16", "views_one_head_bf16"] {
         assert_ne!(good(name).generation(), reference, "{name}");
     }
     let text = reference.to_hex();
@@ -155,13 +114,7 @@ const DIGEST_OF_LIST_BF16: &str =
 fn written_files_are_read_back() {
     let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("torch");
     fs::create_dir_all(&folder).unwrap();
-    for name in [
-        "list_bf16",
-        "list_f16",
-        "list_f32",
-        "no_frozen_bf16",
-        "eleven_layers_bf16",
-    ] {
+    for name in ["list_bf16", "list_f16", "list_f32", "no_frozen_bf16", "eleven_layers_bf16"] {
         let cartridge = good(name);
         for style in [TorchStyle::PlainLists, TorchStyle::ParameterLists] {
             for naming in [Naming::Frozen, Naming::Fixed, Naming::Both] {
@@ -181,14 +134,8 @@ fn written_files_are_read_back() {
         let again = read_cartridge(&path, MAX_BYTES).unwrap();
         assert_eq!(again.generation(), cartridge.generation(), "{name}");
     }
-    let names = fs::read_dir(&folder)
-        .unwrap()
-        .map(|e| e.unwrap().file_name());
-    assert!(
-        names
-            .map(|n| n.into_string().unwrap())
-            .all(|n| !n.ends_with(".tmp"))
-    );
+    let names = fs::read_dir(&folder).unwrap().map(|e| e.unwrap().file_name());
+    assert!(names.map(|n| n.into_string().unwrap()).all(|n| !n.ends_with(".tmp")));
 }
 
 #[test]
@@ -196,10 +143,7 @@ fn safetensors_keep_provenance_and_bias() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.safetensors");
     let mut layers = good("list_bf16").layers().to_vec();
-    let bias = Tensor::arange(0f32, 10., &Device::Cpu)
-        .unwrap()
-        .reshape((2, 5))
-        .unwrap();
+    let bias = Tensor::arange(0f32, 10., &Device::Cpu).unwrap().reshape((2, 5)).unwrap();
     layers[1].bias = Some(bias.clone());
     let provenance = Provenance {
         model: Some("meta-llama/Llama-3.2-3B".into()),
@@ -212,19 +156,12 @@ fn safetensors_keep_provenance_and_bias() {
     write_safetensors(&path, &cartridge).unwrap();
     let bytes = fs::read(&path).unwrap();
     write_safetensors(&path, &cartridge).unwrap();
-    assert_eq!(
-        bytes,
-        fs::read(&path).unwrap(),
-        "equal cartridges give equal files"
-    );
+    assert_eq!(bytes, fs::read(&path).unwrap(), "equal cartridges give equal files");
     let again = read_cartridge(&path, MAX_BYTES).unwrap();
     assert_eq!(again.provenance(), &provenance);
     assert_eq!(again.generation(), cartridge.generation());
     assert!(again.layers()[0].bias.is_none());
-    assert_eq!(
-        numbers(again.layers()[1].bias.as_ref().unwrap()),
-        numbers(&bias)
-    );
+    assert_eq!(numbers(again.layers()[1].bias.as_ref().unwrap()), numbers(&bias));
     let error = write_torch(&path, &cartridge, TorchStyle::PlainLists, Naming::Both).unwrap_err();
     assert!(error.to_string().contains("bias"), "{error}");
 }
@@ -258,27 +195,13 @@ fn cartridges_that_disagree_with_themselves_are_refused() {
     odd.bias = Some(layer.keys.clone());
     assert!(reason(vec![odd], 0).contains("layer 0 bias: shape"));
     let ints = layer.keys.to_dtype(DType::U32).unwrap();
-    let odd = LayerKv {
-        keys: ints.clone(),
-        values: ints,
-        bias: None,
-    };
+    let odd = LayerKv { keys: ints.clone(), values: ints, bias: None };
     assert!(reason(vec![odd], 0).contains("f16, bf16 or f32"));
     assert_eq!(new(vec![layer.clone()], 5).unwrap().frozen_tokens(), 5);
     // Tensors that are views are digested by content.
-    let view = |t: &Tensor| {
-        t.transpose(0, 1)
-            .unwrap()
-            .contiguous()
-            .unwrap()
-            .transpose(0, 1)
-            .unwrap()
-    };
-    let views = LayerKv {
-        keys: view(&layer.keys),
-        values: view(&layer.values),
-        bias: None,
-    };
+    let view =
+        |t: &Tensor| t.transpose(0, 1).unwrap().contiguous().unwrap().transpose(0, 1).unwrap();
+    let views = LayerKv { keys: view(&layer.keys), values: view(&layer.values), bias: None };
     let (a, b) = (new(vec![layer], 1).unwrap(), new(vec![views], 1).unwrap());
     assert_eq!(a.generation(), b.generation());
 }
@@ -286,13 +209,7 @@ fn cartridges_that_disagree_with_themselves_are_refused() {
 #[test]
 fn another_models_cartridge_is_a_mismatch() {
     let error = validate(&good("eleven_layers_bf16"), &MODEL).unwrap_err();
-    let CartridgeError::Mismatch {
-        what: "layers",
-        have: 11,
-        need: 2,
-        ..
-    } = error
-    else {
+    let CartridgeError::Mismatch { what: "layers", have: 11, need: 2, .. } = error else {
         panic!("{error:?}");
     };
     assert_eq!(error.code(), "cartridge_mismatch");
@@ -302,19 +219,11 @@ fn another_models_cartridge_is_a_mismatch() {
 fn limits_are_checked_before_reading() {
     let path = fixtures("good").join("list_bf16.pt");
     let error = read_cartridge(&path, 1000).unwrap_err();
-    assert!(
-        matches!(error, CartridgeError::TooLarge { limit: 1000, .. }),
-        "{error:?}"
-    );
+    assert!(matches!(error, CartridgeError::TooLarge { limit: 1000, .. }), "{error:?}");
     let error = read_cartridge(&fixtures("good"), MAX_BYTES).unwrap_err();
     assert!(error.to_string().contains("not a regular file"), "{error}");
     let error = read_cartridge(&path.with_file_name("absent.pt"), MAX_BYTES).unwrap_err();
-    let CartridgeError::Io {
-        name,
-        kind: std::io::ErrorKind::NotFound,
-        ..
-    } = error
-    else {
+    let CartridgeError::Io { name, kind: std::io::ErrorKind::NotFound, .. } = error else {
         panic!("{error:?}");
     };
     assert_eq!(name, "absent.pt");

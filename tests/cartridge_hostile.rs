@@ -16,16 +16,10 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 const MAX_BYTES: u64 = 1 << 20;
-const MODEL: KvShape = KvShape {
-    layers: 2,
-    kv_heads: 2,
-    head_dim: 4,
-};
+const MODEL: KvShape = KvShape { layers: 2, kv_heads: 2, head_dim: 4 };
 
 fn fixtures(kind: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures/cartridges")
-        .join(kind)
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/cartridges").join(kind)
 }
 
 fn good(name: &str) -> Cartridge {
@@ -48,10 +42,7 @@ fn forbidden_names_are_refused_by_name() {
         ("dotted.pt", "torch.serialization.load"),
     ] {
         match hostile(file) {
-            CartridgeError::Forbidden {
-                global,
-                name: shown,
-            } => {
+            CartridgeError::Forbidden { global, name: shown } => {
                 assert_eq!((global.as_str(), shown.as_str()), (name, file))
             }
             other => panic!("{file}: {other}"),
@@ -80,10 +71,7 @@ fn every_lie_is_told_apart() {
         ("zero_stride.pt", "expected [1, 2, 65535, 4]"),
         ("offset.pt", "leaves its storage"),
         ("negative_offset.pt", "negative size, offset or stride -1"),
-        (
-            "huge_storage.pt",
-            "claims 2147483647 elements, has 64 bytes",
-        ),
+        ("huge_storage.pt", "claims 2147483647 elements, has 64 bytes"),
         ("batch_two.pt", "shape [2, 1, 4, 4]"),
         ("fewer_strides.pt", "as many sizes as strides"),
         ("missing_storage.pt", "storage `0` is missing"),
@@ -103,14 +91,8 @@ fn every_lie_is_told_apart() {
         ("layers_disagree.pt", "layers of"),
         ("frozen_layers.pt", "1 layers of frozen keys, but 2"),
         ("frozen_values_missing.pt", "frozen tokens are missing"),
-        (
-            "shape_disagrees.pt",
-            "layer 1 values: shape [1, 2, 5, 4], expected [1, 2, 4, 4]",
-        ),
-        (
-            "type_disagrees.pt",
-            "layer 1 values: type F32, expected BF16",
-        ),
+        ("shape_disagrees.pt", "layer 1 values: shape [1, 2, 5, 4], expected [1, 2, 4, 4]"),
+        ("type_disagrees.pt", "layer 1 values: type F32, expected BF16"),
         ("batch_of_two.pt", "shape [2, 2, 4, 4]"),
         ("three_axes.pt", "shape [2, 4, 4], expected [1, kv_heads"),
         ("double.pt", "type float64"),
@@ -124,15 +106,8 @@ fn every_lie_is_told_apart() {
     ] {
         match hostile(file) {
             CartridgeError::Invalid { reason: told, name } => {
-                assert!(
-                    told.contains(reason),
-                    "{file}: expected `{reason}`, got `{told}`"
-                );
-                assert_eq!(
-                    name == file,
-                    !["nan.pt", "infinite.pt"].contains(&file),
-                    "{name}"
-                );
+                assert!(told.contains(reason), "{file}: expected `{reason}`, got `{told}`");
+                assert_eq!(name == file, !["nan.pt", "infinite.pt"].contains(&file), "{name}");
             }
             other => panic!("{file}: {other:?}"),
         }
@@ -155,10 +130,7 @@ fn dishonest_safetensors_are_told_apart() {
     let bytes = safetensors_bytes();
     let with = |old: &str, new: &str| {
         assert_eq!(old.len(), new.len());
-        let at = bytes
-            .windows(old.len())
-            .position(|w| w == old.as_bytes())
-            .expect(old);
+        let at = bytes.windows(old.len()).position(|w| w == old.as_bytes()).expect(old);
         let mut changed = bytes.clone();
         changed[at..at + old.len()].copy_from_slice(new.as_bytes());
         changed
@@ -169,30 +141,15 @@ fn dishonest_safetensors_are_told_apart() {
     let longer = [&bytes[..], b"x"].concat();
     let cases = [
         (flipped, "digest"),
-        (
-            with("\"tokens\":\"5\"", "\"tokens\":\"6\""),
-            "says 6 tokens",
-        ),
-        (
-            with("\"frozen_tokens\":\"1\"", "\"frozen_tokens\":\"0\""),
-            "digest",
-        ),
+        (with("\"tokens\":\"5\"", "\"tokens\":\"6\""), "says 6 tokens"),
+        (with("\"frozen_tokens\":\"1\"", "\"frozen_tokens\":\"0\""), "digest"),
         (
             with("\"frozen_tokens\":\"1\"", "\"frozen_tokens\":\"x\""),
             "no number as `frozen_tokens`",
         ),
-        (
-            with("cartouche.cartridge", "cartouche.cartridgX"),
-            "no cartridge",
-        ),
-        (
-            with("\"format_version\":\"1\"", "\"format_version\":\"2\""),
-            "format version",
-        ),
-        (
-            with("layers.1.values", "layers.1.valueZ"),
-            "layer 1: values are missing",
-        ),
+        (with("cartouche.cartridge", "cartouche.cartridgX"), "no cartridge"),
+        (with("\"format_version\":\"1\"", "\"format_version\":\"2\""), "format version"),
+        (with("layers.1.values", "layers.1.valueZ"), "layer 1: values are missing"),
         (with("layers.1.keys", "layers.2.keys"), "belong to no layer"),
         (with("\"BF16\"", "\"I16\" "), "type I16"),
         (length(u64::MAX), "neither a torch zip"),
@@ -216,18 +173,12 @@ fn no_truncation_is_read_as_a_cartridge() {
     for name in ["list_bf16", "parameters_bf16"] {
         let bytes = fs::read(fixtures("good").join(format!("{name}.pt"))).unwrap();
         for len in 0..bytes.len() {
-            assert!(
-                read_cartridge_bytes(&bytes[..len], "x").is_err(),
-                "{name} cut at {len}"
-            );
+            assert!(read_cartridge_bytes(&bytes[..len], "x").is_err(), "{name} cut at {len}");
         }
     }
     let bytes = safetensors_bytes();
     for len in 0..bytes.len() {
-        assert!(
-            read_cartridge_bytes(&bytes[..len], "x").is_err(),
-            "safetensors cut at {len}"
-        );
+        assert!(read_cartridge_bytes(&bytes[..len], "x").is_err(), "safetensors cut at {len}");
     }
 }
 
@@ -270,10 +221,7 @@ fn no_mutation_makes_the_reader_panic() {
         }
     }
     // Padding and unused header fields may change without harm; most changes must be noticed.
-    assert!(
-        refused > 1500 && accepted > 0,
-        "{refused} refused, {accepted} accepted"
-    );
+    assert!(refused > 1500 && accepted > 0, "{refused} refused, {accepted} accepted");
 }
 
 /// A cartridge-sized pickle is a few hundred kilobytes; these would need a stack or an arena
@@ -281,41 +229,20 @@ fn no_mutation_makes_the_reader_panic() {
 #[test]
 fn deep_and_endless_pickles_are_bounded() {
     let repeat = |parts: [(&[u8], usize); 3]| -> Vec<u8> {
-        parts
-            .into_iter()
-            .flat_map(|(bytes, count)| bytes.repeat(count))
-            .collect()
+        parts.into_iter().flat_map(|(bytes, count)| bytes.repeat(count)).collect()
     };
     let n = 400_000;
     for (pickle, expected) in [
-        (
-            repeat([(b"\x80\x02", 1), (b"(", n), (b"t", n)]),
-            "without STOP",
-        ),
-        (
-            repeat([(b"\x80\x02N", 1), (b"\x85", 2 * n), (b".", 1)]),
-            "top level",
-        ),
-        (
-            repeat([(b"\x80\x02]", 1), (b"\x94h\x00a", n), (b".", 1)]),
-            "pickle opcodes",
-        ),
-        (
-            repeat([(b"\x80\x02", 1), (b"N2", n * 2), (b".", 1)]),
-            "pickle opcodes",
-        ),
-        (
-            repeat([(b"\x80\x02", 1), (b"N", 17 << 20), (b".", 1)]),
-            "bytes in a record",
-        ),
+        (repeat([(b"\x80\x02", 1), (b"(", n), (b"t", n)]), "without STOP"),
+        (repeat([(b"\x80\x02N", 1), (b"\x85", 2 * n), (b".", 1)]), "top level"),
+        (repeat([(b"\x80\x02]", 1), (b"\x94h\x00a", n), (b".", 1)]), "pickle opcodes"),
+        (repeat([(b"\x80\x02", 1), (b"N2", n * 2), (b".", 1)]), "pickle opcodes"),
+        (repeat([(b"\x80\x02", 1), (b"N", 17 << 20), (b".", 1)]), "bytes in a record"),
     ] {
         let error = read_cartridge_bytes(&zipped(&[("x/data.pkl".into(), pickle)]), "x")
             .unwrap_err()
             .to_string();
-        assert!(
-            error.contains(expected),
-            "expected `{expected}`, got `{error}`"
-        );
+        assert!(error.contains(expected), "expected `{expected}`, got `{error}`");
     }
 }
 
@@ -333,9 +260,7 @@ fn zipped(records: &[(String, Vec<u8>)]) -> Vec<u8> {
 
 fn records(file: &str) -> Vec<(String, Vec<u8>)> {
     let bytes = fs::read(fixtures("good").join(file)).unwrap();
-    let config = zip::read::Config {
-        archive_offset: zip::read::ArchiveOffset::Known(0),
-    };
+    let config = zip::read::Config { archive_offset: zip::read::ArchiveOffset::Known(0) };
     let mut zip = zip::ZipArchive::with_config(config, Cursor::new(bytes)).unwrap();
     let count = zip.len();
     let read = |i| {
@@ -351,21 +276,12 @@ fn records(file: &str) -> Vec<(String, Vec<u8>)> {
 #[test]
 fn no_mutated_pickle_makes_the_reader_panic() {
     let mut random = ChaCha8Rng::seed_from_u64(11);
-    let names = [
-        "list_bf16",
-        "parameters_bf16",
-        "views_bf16",
-        "extra_keys_bf16",
-        "protocol4_bf16",
-    ];
+    let names = ["list_bf16", "parameters_bf16", "views_bf16", "extra_keys_bf16", "protocol4_bf16"];
     let files = names.map(|name| records(&format!("{name}.pt")));
     let (mut refused, mut accepted) = (0, 0);
     for round in 0..5000 {
         let mut records = files[round % files.len()].clone();
-        let pickle = records
-            .iter_mut()
-            .find(|(name, _)| name.ends_with("data.pkl"))
-            .unwrap();
+        let pickle = records.iter_mut().find(|(name, _)| name.ends_with("data.pkl")).unwrap();
         for _ in 0..random.random_range(1..4) {
             mutate(&mut pickle.1, &mut random);
         }
@@ -377,8 +293,5 @@ fn no_mutated_pickle_makes_the_reader_panic() {
             Err(_) => refused += 1,
         }
     }
-    assert!(
-        refused > 2500 && accepted > 50,
-        "{refused} refused, {accepted} accepted"
-    );
+    assert!(refused > 2500 && accepted > 50, "{refused} refused, {accepted} accepted");
 }

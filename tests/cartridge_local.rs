@@ -29,11 +29,7 @@ fn put(dir: &Path, file: &str, fixture_name: &str) {
 fn registry(dir: &Path) -> Arc<Registry> {
     Registry::new(RegistryOptions {
         dir: Some(dir.to_owned()),
-        shape: KvShape {
-            layers: 2,
-            kv_heads: 2,
-            head_dim: 4,
-        },
+        shape: KvShape { layers: 2, kv_heads: 2, head_dim: 4 },
         model: "demo".into(),
         rope_theta: None,
         max_positions: 64,
@@ -45,18 +41,12 @@ fn registry(dir: &Path) -> Arc<Registry> {
 }
 
 async fn acquire(registry: &Arc<Registry>, id: &str) -> Result<Lease, CartridgeError> {
-    let wanted = CartridgeRef {
-        id: id.into(),
-        source: Source::Local,
-        force_redownload: false,
-    };
+    let wanted = CartridgeRef { id: id.into(), source: Source::Local, force_redownload: false };
     registry.acquire(&wanted).await
 }
 
 fn digest(fixture_name: &str) -> cartouche::cartridge::Generation {
-    read_cartridge(&fixture(fixture_name), 1 << 20)
-        .unwrap()
-        .generation()
+    read_cartridge(&fixture(fixture_name), 1 << 20).unwrap().generation()
 }
 
 #[tokio::test]
@@ -79,15 +69,8 @@ async fn files_are_chosen_as_trainers_leave_them() {
     );
     let bf16 = read_cartridge(&fixture("good/list_bf16.pt"), 1 << 20).unwrap();
     write_safetensors(&dir.path().join("org-name/cartridge.safetensors"), &bf16).unwrap();
-    assert_eq!(
-        acquire(&registry, "org/name").await.unwrap().generation(),
-        bf16.generation()
-    );
-    put(
-        dir.path(),
-        "org-name/cartridge.pt",
-        "good/no_frozen_bf16.pt",
-    );
+    assert_eq!(acquire(&registry, "org/name").await.unwrap().generation(), bf16.generation());
+    put(dir.path(), "org-name/cartridge.pt", "good/no_frozen_bf16.pt");
     let lease = acquire(&registry, "org/name").await.unwrap();
     assert_eq!((lease.frozen_tokens(), lease.id()), (0, "org/name"));
     assert_eq!(lease.dtype(), DType::F32);
@@ -99,10 +82,7 @@ async fn replacing_the_file_swaps_new_requests_only() {
     let registry = registry(dir.path());
     put(dir.path(), "a/cartridge.pt", "good/list_bf16.pt");
     let old = acquire(&registry, "a").await.unwrap();
-    assert_eq!(
-        acquire(&registry, "a").await.unwrap().generation(),
-        old.generation()
-    );
+    assert_eq!(acquire(&registry, "a").await.unwrap().generation(), old.generation());
     put(dir.path(), "a/cartridge.pt", "good/list_f32.pt");
     let new = acquire(&registry, "a").await.unwrap();
     assert_eq!(new.generation(), digest("good/list_f32.pt"));
@@ -111,15 +91,9 @@ async fn replacing_the_file_swaps_new_requests_only() {
     // generation.
     put(dir.path(), "a/cartridge.pt", "hostile/system.pt");
     let error = acquire(&registry, "a").await.unwrap_err();
-    assert!(
-        matches!(&error, CartridgeError::Forbidden { name, .. } if name == "a"),
-        "{error}"
-    );
+    assert!(matches!(&error, CartridgeError::Forbidden { name, .. } if name == "a"), "{error}");
     fs::remove_dir_all(dir.path().join("a")).unwrap();
-    assert!(matches!(
-        acquire(&registry, "a").await,
-        Err(CartridgeError::NotFound { .. })
-    ));
+    assert!(matches!(acquire(&registry, "a").await, Err(CartridgeError::NotFound { .. })));
 }
 
 #[tokio::test]
@@ -132,20 +106,14 @@ async fn config_yaml_is_advice() {
         "kv_cache_initializer: {max_tokens: 4096}\nmodel: {pretrained_model_name_or_path: x/y}";
     fs::write(&config, yaml).unwrap();
     let lease = acquire(&registry, "a").await.unwrap();
-    assert_eq!(
-        (lease.tokens(), lease.provenance().model.as_deref()),
-        (5, Some("x/y"))
-    );
+    assert_eq!((lease.tokens(), lease.provenance().model.as_deref()), (5, Some("x/y")));
     put(dir.path(), "b/cartridge.pt", "good/list_f32.pt");
     fs::write(dir.path().join("b/config.yaml"), "{: [").unwrap();
     acquire(&registry, "b").await.unwrap();
     write_config_yaml(&config, &lease).unwrap();
     let written =
         cartouche::cartridge::read_config_yaml(&fs::read_to_string(config).unwrap()).unwrap();
-    assert_eq!(
-        (written.tokens, written.model.as_deref()),
-        (Some(5), Some("x/y"))
-    );
+    assert_eq!((written.tokens, written.model.as_deref()), (Some(5), Some("x/y")));
 }
 
 #[tokio::test]
@@ -153,19 +121,12 @@ async fn files_on_disk_are_listed_apart_from_resident_ones() {
     let dir = tempfile::tempdir().unwrap();
     let registry = registry(dir.path());
     for name in ["a", "b"] {
-        put(
-            dir.path(),
-            &format!("{name}/cartridge.pt"),
-            "good/list_bf16.pt",
-        );
+        put(dir.path(), &format!("{name}/cartridge.pt"), "good/list_bf16.pt");
     }
     fs::create_dir(dir.path().join("empty")).unwrap();
     let lease = acquire(&registry, "b").await.unwrap();
     let list = registry.list();
-    let brief: Vec<_> = list
-        .iter()
-        .map(|i| (i.id.as_str(), i.resident, i.leases))
-        .collect();
+    let brief: Vec<_> = list.iter().map(|i| (i.id.as_str(), i.resident, i.leases)).collect();
     assert_eq!(brief, [("b", true, 1), ("a", false, 0)]);
     assert_eq!(list[0].generation, Some(lease.generation()));
 }
@@ -176,16 +137,11 @@ async fn ids_that_share_a_folder_are_told_apart_by_its_record() {
     let registry = registry(dir.path());
     put(dir.path(), "a-b/cartridge.pt", "good/list_bf16.pt");
     acquire(&registry, "a/b").await.unwrap();
-    LocalFolder::new(dir.path().to_owned())
-        .record_id("a/b")
-        .unwrap();
+    LocalFolder::new(dir.path().to_owned()).record_id("a/b").unwrap();
     acquire(&registry, "a/b").await.unwrap();
     let error = acquire(&registry, "a-b").await.unwrap_err();
     assert!(matches!(error, CartridgeError::InvalidId { .. }), "{error}");
-    assert!(
-        error.to_string().contains("belongs to the id `a/b`"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("belongs to the id `a/b`"), "{error}");
     assert_eq!(registry.list()[0].id, "a/b");
 }
 
@@ -197,14 +153,7 @@ async fn nothing_outside_the_directory_is_reached() {
     fs::create_dir(&dir).unwrap();
     let registry = registry(&dir);
     let absolute = outside.path().join("secret").to_str().unwrap().to_owned();
-    for id in [
-        "../secret",
-        "secret",
-        &absolute,
-        "x/../../secret",
-        "..\\secret",
-        "\0",
-    ] {
+    for id in ["../secret", "secret", &absolute, "x/../../secret", "..\\secret", "\0"] {
         let error = acquire(&registry, id).await.unwrap_err();
         assert!(!error.to_string().contains(absolute.trim_start_matches('/')) || id == absolute);
     }
@@ -231,9 +180,7 @@ async fn links_out_and_special_files_are_refused() {
     symlink(dir.join("real"), dir.join("alias")).unwrap();
     acquire(&registry, "alias").await.unwrap();
     fs::create_dir(dir.join("pipe")).unwrap();
-    let made = std::process::Command::new("mkfifo")
-        .arg(dir.join("pipe/cartridge.pt"))
-        .status();
+    let made = std::process::Command::new("mkfifo").arg(dir.join("pipe/cartridge.pt")).status();
     assert!(made.unwrap().success());
     fs::create_dir_all(dir.join("folder/cartridge.pt")).unwrap();
     for id in ["pipe", "folder"] {
@@ -242,8 +189,5 @@ async fn links_out_and_special_files_are_refused() {
     }
     symlink("/dev/zero", dir.join("linked_file/other")).unwrap();
     symlink("loop", dir.join("loop")).unwrap();
-    assert!(matches!(
-        acquire(&registry, "loop").await,
-        Err(CartridgeError::Io { .. })
-    ));
+    assert!(matches!(acquire(&registry, "loop").await, Err(CartridgeError::Io { .. })));
 }

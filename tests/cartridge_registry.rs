@@ -22,10 +22,7 @@ async fn sixty_four_first_uses_are_one_load() {
     tokio::time::sleep(Duration::from_millis(50)).await;
     gate.add_permits(64);
     for task in tasks {
-        assert_eq!(
-            task.await.unwrap().unwrap().generation(),
-            cartridge(1.).generation()
-        );
+        assert_eq!(task.await.unwrap().unwrap().generation(), cartridge(1.).generation());
     }
     assert_eq!(fake.reads(), 1);
 }
@@ -33,10 +30,7 @@ async fn sixty_four_first_uses_are_one_load() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_load_fails_all_waiters_and_is_not_remembered() {
     let (registry, fake) = registry(8);
-    let error = CartridgeError::Invalid {
-        name: "a".into(),
-        reason: "half written".into(),
-    };
+    let error = CartridgeError::Invalid { name: "a".into(), reason: "half written".into() };
     fake.put("a", Err(error.clone()));
     let gate = fake.close("a");
     let tasks: Vec<_> = (0..16)
@@ -63,27 +57,15 @@ async fn a_replaced_file_is_a_new_generation_and_the_old_lease_stays_readable() 
     fake.put("a", Ok(cartridge(2.)));
     let new = registry.acquire(&local("a")).await.unwrap();
     assert_ne!(old.generation(), new.generation());
-    let first = |c: &Cartridge| {
-        c.layers()[0]
-            .keys
-            .flatten_all()
-            .unwrap()
-            .to_vec1::<f32>()
-            .unwrap()[0]
-    };
+    let first =
+        |c: &Cartridge| c.layers()[0].keys.flatten_all().unwrap().to_vec1::<f32>().unwrap()[0];
     assert_eq!((first(&old), first(&new)), (1.25, 2.25));
     let list = registry.list();
-    let state: Vec<_> = list
-        .iter()
-        .map(|i| (i.id.as_str(), i.resident, i.retired, i.leases))
-        .collect();
+    let state: Vec<_> =
+        list.iter().map(|i| (i.id.as_str(), i.resident, i.retired, i.leases)).collect();
     assert_eq!(state, [("a", true, false, 1), ("a", false, true, 1)]);
     drop(old);
-    assert_eq!(
-        registry.list().len(),
-        1,
-        "the retired generation went with its last lease"
-    );
+    assert_eq!(registry.list().len(), 1, "the retired generation went with its last lease");
 }
 
 #[tokio::test]
@@ -95,16 +77,10 @@ async fn force_reads_again_and_unforced_does_not() {
     assert_eq!(fake.reads(), 1);
     // The content changes under an unchanged stamp.
     fake.files.lock().unwrap().get_mut("a").unwrap().0 = Ok(cartridge(3.));
-    assert_eq!(
-        registry.acquire(&local("a")).await.unwrap().generation(),
-        first.generation()
-    );
+    assert_eq!(registry.acquire(&local("a")).await.unwrap().generation(), first.generation());
     let second = registry.acquire(&forced("a")).await.unwrap();
     assert_eq!(second.generation(), cartridge(3.).generation());
-    assert_eq!(
-        registry.acquire(&local("a")).await.unwrap().generation(),
-        second.generation()
-    );
+    assert_eq!(registry.acquire(&local("a")).await.unwrap().generation(), second.generation());
     assert_eq!(fake.reads(), 2);
 }
 
@@ -147,14 +123,8 @@ async fn a_request_never_gets_an_older_file_than_it_found() {
     });
     tokio::time::sleep(Duration::from_millis(20)).await;
     gate.add_permits(1000);
-    assert_eq!(
-        early.await.unwrap().unwrap().generation(),
-        cartridge(1.).generation()
-    );
-    assert_eq!(
-        late.await.unwrap().unwrap().generation(),
-        cartridge(2.).generation()
-    );
+    assert_eq!(early.await.unwrap().unwrap().generation(), cartridge(1.).generation());
+    assert_eq!(late.await.unwrap().unwrap().generation(), cartridge(2.).generation());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -162,13 +132,7 @@ async fn a_slow_file_does_not_hold_up_another_id() {
     let (registry, fake) = registry(8);
     fake.put("slow", Ok(cartridge(1.)));
     fake.put("fast", Ok(cartridge(2.)));
-    fake.put(
-        "broken",
-        Err(CartridgeError::Invalid {
-            name: String::new(),
-            reason: "x".into(),
-        }),
-    );
+    fake.put("broken", Err(CartridgeError::Invalid { name: String::new(), reason: "x".into() }));
     let gate = fake.close("slow");
     let slow = tokio::spawn({
         let registry = Arc::clone(&registry);
@@ -213,11 +177,8 @@ async fn a_load_survives_the_one_who_asked() {
 #[tokio::test]
 async fn remote_sources_are_looked_for_at_home_first() {
     let (registry, fake) = registry(2);
-    let remote = |source, force_redownload| CartridgeRef {
-        id: "a".into(),
-        source,
-        force_redownload,
-    };
+    let remote =
+        |source, force_redownload| CartridgeRef { id: "a".into(), source, force_redownload };
     for source in [Source::Wandb, Source::Huggingface] {
         let error = registry.acquire(&remote(source, false)).await.unwrap_err();
         assert!(matches!(error, CartridgeError::SourceUnavailable { from, .. } if from == source));
@@ -227,14 +188,8 @@ async fn remote_sources_are_looked_for_at_home_first() {
         Err(CartridgeError::NotFound { .. })
     ));
     fake.put("a", Ok(cartridge(1.)));
-    registry
-        .acquire(&remote(Source::Wandb, false))
-        .await
-        .unwrap();
-    registry
-        .acquire(&remote(Source::Huggingface, true))
-        .await
-        .unwrap();
+    registry.acquire(&remote(Source::Wandb, false)).await.unwrap();
+    registry.acquire(&remote(Source::Huggingface, true)).await.unwrap();
     assert_eq!(fake.reads(), 2);
 }
 
@@ -243,14 +198,8 @@ async fn without_a_directory_only_inserted_ids_exist() {
     let registry = Registry::new(options(1));
     registry.insert("demo", cartridge(1.)).unwrap();
     registry.acquire(&local("demo")).await.unwrap();
-    assert!(matches!(
-        registry.acquire(&local("x")).await,
-        Err(CartridgeError::NotFound { .. })
-    ));
-    let remote = CartridgeRef {
-        source: Source::Wandb,
-        ..local("x")
-    };
+    assert!(matches!(registry.acquire(&local("x")).await, Err(CartridgeError::NotFound { .. })));
+    let remote = CartridgeRef { source: Source::Wandb, ..local("x") };
     let error = registry.acquire(&remote).await.unwrap_err();
     assert_eq!(error.code(), "cartridge_source_unavailable");
     assert!(error.to_string().contains("`source` = `wandb`"), "{error}");

@@ -3,8 +3,8 @@
 mod common;
 
 use cartouche::engine::{
-    EngineError, EngineHandle, EngineOptions, Event, FinishReason, GenerateRequest,
-    LogprobOptions, SampledToken, SamplingParams, TokenStream, start,
+    EngineError, EngineHandle, EngineOptions, Event, FinishReason, GenerateRequest, LogprobOptions,
+    SampledToken, SamplingParams, TokenStream, start,
 };
 use common::ModelFixture;
 

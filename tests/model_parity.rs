@@ -22,11 +22,9 @@ impl Attend for PlainAttention<'_> {
             parts.push(own.transpose(0, 1)?);
             let all = Tensor::cat(&parts, 1)?;
             let (kv_heads, len, _) = all.dims3()?;
-            all.unsqueeze(1)?.broadcast_as((kv_heads, group, len, head_dim))?.reshape((
-                heads,
-                len,
-                head_dim,
-            ))
+            all.unsqueeze(1)?
+                .broadcast_as((kv_heads, group, len, head_dim))?
+                .reshape((heads, len, head_dim))
         };
         let (k, v) = (join(k, |l| &l.keys)?, join(v, |l| &l.values)?);
         let prefix = k.dim(1)? - tokens;

@@ -5,10 +5,7 @@ use cartouche::text::{ChatTemplate, TemplateRequest, TextError};
 use serde_json::{Map, Value, json};
 
 fn fixture(name: &str) -> Value {
-    let path = format!(
-        "{}/tests/fixtures/templates/{name}.json",
-        env!("CARGO_MANIFEST_DIR")
-    );
+    let path = format!("{}/tests/fixtures/templates/{name}.json", env!("CARGO_MANIFEST_DIR"));
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
@@ -28,10 +25,7 @@ fn differences(name: &str) -> Vec<String> {
     let template = fixture["template"].as_str().unwrap();
     let special = fixture["special_tokens"].as_object().unwrap().clone();
     let now = fixture["now"].as_str().unwrap().parse().unwrap();
-    let template = ChatTemplate::new(template, special)
-        .unwrap()
-        .with_clock(now)
-        .unwrap();
+    let template = ChatTemplate::new(template, special).unwrap().with_clock(now).unwrap();
     let mut differences = Vec::new();
     for case in fixture["cases"].as_array().unwrap() {
         let messages = case["messages"].as_array().unwrap();
@@ -46,15 +40,10 @@ fn differences(name: &str) -> Vec<String> {
             _ => false,
         };
         if !same {
-            let expected = case
-                .get("text")
-                .or(case.get("raised"))
-                .or(case.get("error"));
+            let expected = case.get("text").or(case.get("raised")).or(case.get("error"));
             let expected = expected.and_then(Value::as_str);
             let name = &case["name"];
-            differences.push(format!(
-                "{name}\n  expected {expected:?}\n  got      {result:?}"
-            ));
+            differences.push(format!("{name}\n  expected {expected:?}\n  got      {result:?}"));
         }
     }
     assert!(fixture["cases"].as_array().unwrap().len() > 100);
@@ -107,10 +96,7 @@ fn configuration_forms() {
     let none = Map::new();
     let render = |config: &Value, file: Option<&str>, tools: Option<&Value>, kwargs: &Map<_, _>| {
         let template = ChatTemplate::from_config(config, file).unwrap().unwrap();
-        template.render(&TemplateRequest {
-            tools,
-            ..request(&messages, kwargs)
-        })
+        template.render(&TemplateRequest { tools, ..request(&messages, kwargs) })
     };
     let config = json!({
         "chat_template":
@@ -118,15 +104,9 @@ fn configuration_forms() {
         "bos_token": "<b>", "eos_token": {"content": "<e>", "lstrip": false}, "pad_token": null,
         "add_bos_token": true, "extra_special_tokens": {"image_token": "<i>"},
     });
-    assert_eq!(
-        render(&config, None, None, &none).unwrap(),
-        "<b><e><i>False"
-    );
+    assert_eq!(render(&config, None, None, &none).unwrap(), "<b><e><i>False");
     // The file wins over the configuration.
-    assert_eq!(
-        render(&config, Some("file {{ bos_token }}"), None, &none).unwrap(),
-        "file <b>"
-    );
+    assert_eq!(render(&config, Some("file {{ bos_token }}"), None, &none).unwrap(), "file <b>");
 
     let named = json!({"chat_template": [
         {"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"},
@@ -136,29 +116,16 @@ fn configuration_forms() {
     assert_eq!(render(&named, None, None, &none).unwrap(), "d");
     assert_eq!(render(&named, None, Some(&tools), &none).unwrap(), "t");
     let kwargs = |value: Value| value.as_object().unwrap().clone();
-    assert_eq!(
-        render(&named, None, None, &kwargs(json!({"chat_template": "rag"}))).unwrap(),
-        "r"
-    );
+    assert_eq!(render(&named, None, None, &kwargs(json!({"chat_template": "rag"}))).unwrap(), "r");
     let own = kwargs(json!({"chat_template": "{{ messages[0].content }}!", "tools": tools}));
     assert_eq!(render(&named, None, None, &own).unwrap(), "hi!");
-    assert_eq!(
-        render(&named, None, Some(&tools), &kwargs(json!({"tools": null}))).unwrap(),
-        "d"
-    );
+    assert_eq!(render(&named, None, Some(&tools), &kwargs(json!({"tools": null}))).unwrap(), "d");
 
     let nameless = json!({"chat_template": [{"name": "rag", "template": "r"}]});
     let e = render(&nameless, None, None, &none).unwrap_err();
-    assert!(
-        matches!(e, TextError::NoTemplate { ref known, .. } if known == &["rag"]),
-        "{e}"
-    );
+    assert!(matches!(e, TextError::NoTemplate { ref known, .. } if known == &["rag"]), "{e}");
 
-    assert!(
-        ChatTemplate::from_config(&json!({}), None)
-            .unwrap()
-            .is_none()
-    );
+    assert!(ChatTemplate::from_config(&json!({}), None).unwrap().is_none());
     for wrong in [json!(3), json!([{"name": "x"}])] {
         let e = ChatTemplate::from_config(&json!({"chat_template": wrong}), None).unwrap_err();
         assert!(matches!(e, TextError::Config { .. }), "{e}");
@@ -179,19 +146,12 @@ fn arguments_of_a_wrong_type_are_refused_by_name() {
     ] {
         let kwargs = [(name.to_owned(), value)].into_iter().collect();
         let e = template.render(&request(&messages, &kwargs)).unwrap_err();
-        assert!(
-            matches!(&e, TextError::InvalidKwarg { name: n, .. } if n == name),
-            "{e}"
-        );
+        assert!(matches!(&e, TextError::InvalidKwarg { name: n, .. } if n == name), "{e}");
     }
-    let kwargs = [("chat_template".to_owned(), json!("{% if %}"))]
-        .into_iter()
-        .collect();
+    let kwargs = [("chat_template".to_owned(), json!("{% if %}"))].into_iter().collect();
     let e = template.render(&request(&messages, &kwargs)).unwrap_err();
     assert!(matches!(e, TextError::TemplateSyntax { .. }), "{e}");
-    let e = template
-        .render(&request(&[json!("hi")], &Map::new()))
-        .unwrap_err();
+    let e = template.render(&request(&[json!("hi")], &Map::new())).unwrap_err();
     assert!(matches!(e, TextError::InvalidMessages { .. }), "{e}");
 }
 
@@ -208,10 +168,7 @@ fn continuing_wins_over_the_generation_prompt() {
         ..request(&messages, &kwargs)
     };
     assert_eq!(template.render(&both).unwrap(), "[hi ");
-    let open = TemplateRequest {
-        continue_final_message: false,
-        ..both
-    };
+    let open = TemplateRequest { continue_final_message: false, ..both };
     assert_eq!(template.render(&open).unwrap(), "[hi ]>");
     // A template that drops the final message cannot continue it.
     let template =
@@ -242,9 +199,7 @@ fn snippets() {
         };
         if !same {
             let expected = case.get("text").or(case.get("error"));
-            differences.push(format!(
-                "{source:?}\n  expected {expected:?}\n  got      {result:?}"
-            ));
+            differences.push(format!("{source:?}\n  expected {expected:?}\n  got      {result:?}"));
         }
     }
     assert!(

@@ -8,22 +8,14 @@ use serde_json::Value;
 const NAMES: [&str; 4] = ["byte_level", "llama2", "metaspace", "no_decoder"];
 
 fn fixture(name: &str) -> (Tokenizer, Value) {
-    let path = format!(
-        "{}/tests/fixtures/tokenizers/{name}.json",
-        env!("CARGO_MANIFEST_DIR")
-    );
+    let path = format!("{}/tests/fixtures/tokenizers/{name}.json", env!("CARGO_MANIFEST_DIR"));
     let fixture: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     let tokenizer = Tokenizer::from_bytes(fixture["tokenizer"].to_string().as_bytes()).unwrap();
     (tokenizer, fixture)
 }
 
 fn ids(value: &Value) -> Vec<u32> {
-    value
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|id| id.as_u64().unwrap() as u32)
-        .collect()
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
 fn stream(tokenizer: &Tokenizer, ids: &[u32], skip: bool) -> (Vec<String>, String) {
@@ -38,10 +30,7 @@ fn stream(tokenizer: &Tokenizer, ids: &[u32], skip: bool) -> (Vec<String>, Strin
 fn encoding_and_decoding_match_the_reference() {
     for name in NAMES {
         let (tokenizer, fixture) = fixture(name);
-        assert_eq!(
-            tokenizer.vocab_size() as u64,
-            fixture["vocab_size"].as_u64().unwrap()
-        );
+        assert_eq!(tokenizer.vocab_size() as u64, fixture["vocab_size"].as_u64().unwrap());
         for case in fixture["encode"].as_array().unwrap() {
             let text = case["text"].as_str().unwrap();
             assert_eq!(
@@ -61,11 +50,7 @@ fn encoding_and_decoding_match_the_reference() {
                 let list = ids(&case["ids"]);
                 assert_eq!(tokenizer.decode(&list, skip).unwrap(), expected, "{name}");
                 let (pieces, rest) = stream(&tokenizer, &list, skip);
-                assert_eq!(
-                    pieces.concat() + &rest,
-                    expected,
-                    "{name} streamed {list:?}"
-                );
+                assert_eq!(pieces.concat() + &rest, expected, "{name} streamed {list:?}");
             }
         }
     }
@@ -74,32 +59,17 @@ fn encoding_and_decoding_match_the_reference() {
 #[test]
 fn the_bytes_of_tokens_are_the_text() {
     let (tokenizer, _) = fixture("byte_level");
-    for text in [
-        "hello world",
-        " hello  world",
-        "👩‍👩‍👧 x",
-        "日本語\n",
-        "a<think>b</think>",
-        "\u{FFFD}",
-    ] {
+    for text in
+        ["hello world", " hello  world", "👩‍👩‍👧 x", "日本語\n", "a<think>b</think>", "\u{FFFD}"]
+    {
         let tokens = tokenizer.encode(text, false).unwrap();
-        let bytes: Vec<u8> = tokens
-            .iter()
-            .flat_map(|id| tokenizer.token_bytes(*id))
-            .collect();
+        let bytes: Vec<u8> = tokens.iter().flat_map(|id| tokenizer.token_bytes(*id)).collect();
         assert_eq!(bytes, text.as_bytes());
     }
     let (tokenizer, _) = fixture("llama2");
     let tokens = tokenizer.encode("hello 日本 world", false).unwrap();
-    let bytes: Vec<u8> = tokens
-        .iter()
-        .flat_map(|id| tokenizer.token_bytes(*id))
-        .collect();
-    assert_eq!(
-        bytes,
-        " hello 日本 world".as_bytes(),
-        "the leading space is the tokenizer's"
-    );
+    let bytes: Vec<u8> = tokens.iter().flat_map(|id| tokenizer.token_bytes(*id)).collect();
+    assert_eq!(bytes, " hello 日本 world".as_bytes(), "the leading space is the tokenizer's");
 }
 
 #[test]
@@ -111,10 +81,7 @@ fn single_tokens() {
     assert_eq!(tokenizer.token_bytes(id("ĠðŁ")), [b' ', 0xF0, 0x9F]);
     // An added token is its text even where its chars are of the byte alphabet.
     assert_eq!(tokenizer.token_string(id("naïve word")), "naïve word");
-    assert_eq!(
-        tokenizer.token_bytes(id("naïve word")),
-        "naïve word".as_bytes()
-    );
+    assert_eq!(tokenizer.token_bytes(id("naïve word")), "naïve word".as_bytes());
     assert_eq!(tokenizer.token_bytes(id("<|end|>")), b"<|end|>");
     assert!(tokenizer.is_special(id("<|end|>")) && !tokenizer.is_special(id("<think>")));
     assert_eq!(tokenizer.token_string(99_999), "<UNK_99999>");
@@ -136,18 +103,12 @@ fn text_is_released_as_soon_as_it_is_final() {
     // is not held back; a char cut off by other text is replaced as soon as that is sure.
     let tokens = ["ĠðŁ", "ĳ", "©", "ï", "¿", "½", "Ã", "h", "<|end|>", "ð"].map(id);
     let (pieces, rest) = stream(&tokenizer, &tokens, true);
-    assert_eq!(
-        pieces,
-        [" ", "", "👩", "", "", "\u{FFFD}", "", "\u{FFFD}h", "", ""]
-    );
+    assert_eq!(pieces, [" ", "", "👩", "", "", "\u{FFFD}", "", "\u{FFFD}h", "", ""]);
     assert_eq!(rest, "\u{FFFD}");
 
     let (tokenizer, _) = fixture("llama2");
     let id = |piece: &str| tokenizer.token_id(piece).unwrap();
-    let tokens = [
-        "▁hello", "▁world", "</s>", "▁", "<0xC3>", "<0xA9>", "o", "<0x0A>",
-    ]
-    .map(id);
+    let tokens = ["▁hello", "▁world", "</s>", "▁", "<0xC3>", "<0xA9>", "o", "<0x0A>"].map(id);
     let (pieces, rest) = stream(&tokenizer, &tokens, true);
     assert_eq!(pieces, ["hello", " world", "", " ", "", "", "éo", ""]);
     assert_eq!(rest, "\n");

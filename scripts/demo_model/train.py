@@ -175,7 +175,7 @@ def stage_two(trainer, encoder, vocab, checkpoint, curriculum, first, before, co
             batch = batches.recall(
                 rng, encoder, count, args.tokens,
                 mixed=0.15 if now < 16 else 0.3 if now < 40 else 0.6,
-                wrong_attribute=0.0 if now < 60 else 0.3)
+                wrong_attribute=0.0 if now < 60 else 0.08)
             loss, logits = trainer.recall(batch)
             trainer.step(loss, lr)
             out, missed = measure(encoder, logits, batch, values)

@@ -102,9 +102,7 @@ impl Cartridge {
         frozen_tokens: usize,
         provenance: Provenance,
     ) -> Result<Self, CartridgeError> {
-        let first = layers
-            .first()
-            .ok_or_else(|| CartridgeError::invalid("it has no layers"))?;
+        let first = layers.first().ok_or_else(|| CartridgeError::invalid("it has no layers"))?;
         let (kv_heads, tokens, head_dim) = first.keys.dims3().map_err(|_| {
             let dims = first.keys.dims();
             CartridgeError::invalid(format!(
@@ -112,11 +110,7 @@ impl Cartridge {
             ))
         })?;
         let dtype = first.keys.dtype();
-        let shape = KvShape {
-            layers: layers.len(),
-            kv_heads,
-            head_dim,
-        };
+        let shape = KvShape { layers: layers.len(), kv_heads, head_dim };
         check_sizes(shape, tokens, frozen_tokens)?;
         if !matches!(dtype, DType::F16 | DType::BF16 | DType::F32) {
             let reason = format!("layer 0 keys: {dtype:?}; cartridges are f16, bf16 or f32");
@@ -131,15 +125,7 @@ impl Cartridge {
             }
         }
         let generation = digest(&layers, shape, tokens, dtype, frozen_tokens)?;
-        Ok(Self {
-            layers,
-            shape,
-            tokens,
-            dtype,
-            frozen_tokens,
-            provenance,
-            generation,
-        })
+        Ok(Self { layers, shape, tokens, dtype, frozen_tokens, provenance, generation })
     }
 
     pub fn layers(&self) -> &[LayerKv] {
@@ -172,17 +158,9 @@ impl Cartridge {
 
     /// Memory the tensors would take as `dtype`.
     pub fn bytes_as(&self, dtype: DType) -> u64 {
-        let KvShape {
-            layers,
-            kv_heads,
-            head_dim,
-        } = self.shape;
+        let KvShape { layers, kv_heads, head_dim } = self.shape;
         let elements = 2 * layers * kv_heads * self.tokens * head_dim;
-        let biases = self
-            .layers
-            .iter()
-            .filter(|layer| layer.bias.is_some())
-            .count();
+        let biases = self.layers.iter().filter(|layer| layer.bias.is_some()).count();
         (elements * dtype.size_in_bytes() + biases * kv_heads * self.tokens * 4) as u64
     }
 
@@ -209,43 +187,23 @@ impl Cartridge {
             Ok(LayerKv {
                 keys: moved(&layer.keys, dtype)?,
                 values: moved(&layer.values, dtype)?,
-                bias: layer
-                    .bias
-                    .as_ref()
-                    .map(|bias| moved(bias, DType::F32))
-                    .transpose()?,
+                bias: layer.bias.as_ref().map(|bias| moved(bias, DType::F32)).transpose()?,
             })
         });
-        let layers = layers
-            .collect::<candle_core::Result<_>>()
-            .map_err(|e| CartridgeError::tensor(&e))?;
-        Ok(Self {
-            layers,
-            dtype,
-            provenance: self.provenance.clone(),
-            ..*self
-        })
+        let layers =
+            layers.collect::<candle_core::Result<_>>().map_err(|e| CartridgeError::tensor(&e))?;
+        Ok(Self { layers, dtype, provenance: self.provenance.clone(), ..*self })
     }
 
     /// The digest of the tensors as they are now; differs from [`Self::generation`] after a change
     /// of type.
     pub(super) fn present_generation(&self) -> Result<Generation, CartridgeError> {
-        digest(
-            &self.layers,
-            self.shape,
-            self.tokens,
-            self.dtype,
-            self.frozen_tokens,
-        )
+        digest(&self.layers, self.shape, self.tokens, self.dtype, self.frozen_tokens)
     }
 }
 
 fn check_sizes(shape: KvShape, tokens: usize, frozen: usize) -> Result<(), CartridgeError> {
-    let KvShape {
-        layers,
-        kv_heads,
-        head_dim,
-    } = shape;
+    let KvShape { layers, kv_heads, head_dim } = shape;
     if layers > limits::MAX_CARTRIDGE_LAYERS {
         let limit = limits::MAX_CARTRIDGE_LAYERS as u64;
         return Err(CartridgeError::too_large("layers", layers as u64, limit));
@@ -340,9 +298,7 @@ pub(super) fn with_bytes<T>(
         (Storage::Cpu(CpuStorage::F16(data)), Some(range)) => bytemuck::cast_slice(&data[range]),
         (Storage::Cpu(CpuStorage::BF16(data)), Some(range)) => bytemuck::cast_slice(&data[range]),
         _ => {
-            return Err(CartridgeError::invalid(
-                "a tensor is not f16, bf16 or f32 in memory",
-            ));
+            return Err(CartridgeError::invalid("a tensor is not f16, bf16 or f32 in memory"));
         }
     };
     Ok(use_bytes(bytes))
@@ -366,8 +322,6 @@ pub(super) fn tensor_from_bytes(
         DType::F32 => build::<f32>(dims, fill),
         DType::F16 => build::<half::f16>(dims, fill),
         DType::BF16 => build::<half::bf16>(dims, fill),
-        other => Err(CartridgeError::invalid(format!(
-            "type {other:?}; need f16, bf16 or f32"
-        ))),
+        other => Err(CartridgeError::invalid(format!("type {other:?}; need f16, bf16 or f32"))),
     }
 }

@@ -26,10 +26,7 @@ pub struct ConfigYaml {
 pub fn read_config_yaml(text: &str) -> Result<ConfigYaml, String> {
     if text.len() as u64 > limits::MAX_CONFIG_YAML_BYTES {
         let limit = limits::MAX_CONFIG_YAML_BYTES;
-        return Err(format!(
-            "config.yaml is ignored: {} bytes, the limit is {limit}",
-            text.len()
-        ));
+        return Err(format!("config.yaml is ignored: {} bytes, the limit is {limit}", text.len()));
     }
     let root: Value =
         serde_yaml_ng::from_str(text).map_err(|e| format!("config.yaml is ignored: {e}"))?;
@@ -45,9 +42,7 @@ pub fn read_config_yaml(text: &str) -> Result<ConfigYaml, String> {
 fn look_up<'a>(root: &'a Value, keys: &[&str]) -> Option<&'a Value> {
     keys.iter().try_fold(root, |value, key| {
         let mapping = untagged(value);
-        let found = mapping
-            .get(*key)
-            .or_else(|| untagged(mapping.get("value")?).get(*key));
+        let found = mapping.get(*key).or_else(|| untagged(mapping.get("value")?).get(*key));
         found.map(untagged)
     })
 }
@@ -77,8 +72,7 @@ pub fn write_config_yaml(path: &Path, cartridge: &Cartridge) -> Result<(), Cartr
         .map_err(|e| CartridgeError::invalid(format!("config.yaml cannot be written: {e}")))?;
     write_atomically(path, |file| {
         use std::io::Write;
-        file.write_all(text.as_bytes())
-            .map_err(|e| CartridgeError::io("write the file", &e))
+        file.write_all(text.as_bytes()).map_err(|e| CartridgeError::io("write the file", &e))
     })
 }
 
@@ -120,10 +114,7 @@ model: !!python/object/apply:os.system
         for text in [pydantic, wandb, python] {
             assert_eq!(facts(text), expected, "{text}");
         }
-        assert_eq!(
-            facts("kv_cache_initializer: {max_tokens: null}"),
-            (None, None)
-        );
+        assert_eq!(facts("kv_cache_initializer: {max_tokens: null}"), (None, None));
         assert_eq!(facts("[]"), (None, None));
         assert_eq!(facts(""), (None, None));
     }

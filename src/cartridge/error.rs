@@ -27,37 +27,19 @@ pub enum CartridgeError {
     #[error(
         "cartridge `{name}` does not fit the model: it has {have} {what}, the model needs {need}"
     )]
-    Mismatch {
-        name: String,
-        what: &'static str,
-        have: usize,
-        need: usize,
-    },
+    Mismatch { name: String, what: &'static str, have: usize, need: usize },
     /// Larger than a limit of this server.
     #[error("cartridge `{name}` is too large: {size} {what}, the limit is {limit}")]
-    TooLarge {
-        name: String,
-        what: &'static str,
-        size: u64,
-        limit: u64,
-    },
+    TooLarge { name: String, what: &'static str, size: u64, limit: u64 },
     /// The place named by `source` cannot deliver it.
     #[error("cartridge `{id}` cannot be fetched from `source` = `{from}`: {reason}")]
-    SourceUnavailable {
-        id: String,
-        from: Source,
-        reason: String,
-    },
+    SourceUnavailable { id: String, from: Source, reason: String },
     /// All memory for cartridges is lent to running requests, or too many loads wait. Retry later.
     #[error("cartridge `{id}` cannot be loaded now: {reason}; retry later")]
     Busy { id: String, reason: String },
     /// The file could not be opened, read or written.
     #[error("cartridge `{name}`: {reason}")]
-    Io {
-        name: String,
-        kind: std::io::ErrorKind,
-        reason: String,
-    },
+    Io { name: String, kind: std::io::ErrorKind, reason: String },
 }
 
 impl CartridgeError {
@@ -94,19 +76,11 @@ impl CartridgeError {
 
     /// An [`Self::Invalid`] that is to be [`Self::named`] by the caller.
     pub(super) fn invalid(reason: impl Into<String>) -> Self {
-        Self::Invalid {
-            name: UNNAMED.to_owned(),
-            reason: reason.into(),
-        }
+        Self::Invalid { name: UNNAMED.to_owned(), reason: reason.into() }
     }
 
     pub(super) fn too_large(what: &'static str, size: u64, limit: u64) -> Self {
-        Self::TooLarge {
-            name: UNNAMED.to_owned(),
-            what,
-            size,
-            limit,
-        }
+        Self::TooLarge { name: UNNAMED.to_owned(), what, size, limit }
     }
 
     /// `doing` completes "failed to ...".

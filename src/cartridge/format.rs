@@ -52,18 +52,13 @@ pub(super) fn read_file(mut file: File, max_bytes: u64) -> Result<Cartridge, Car
         return Err(CartridgeError::too_large("bytes", len, max_bytes));
     }
     let mut magic = Vec::with_capacity(ZIP_MAGIC.len());
-    Read::by_ref(&mut file)
-        .take(ZIP_MAGIC.len() as u64)
-        .read_to_end(&mut magic)
-        .map_err(failed)?;
+    Read::by_ref(&mut file).take(ZIP_MAGIC.len() as u64).read_to_end(&mut magic).map_err(failed)?;
     file.seek(SeekFrom::Start(0)).map_err(failed)?;
     if magic == ZIP_MAGIC {
         return torch_file::read(BufReader::new(file), len);
     }
     let mut bytes = Vec::with_capacity(usize::try_from(len).unwrap_or(0));
-    file.take(max_bytes)
-        .read_to_end(&mut bytes)
-        .map_err(failed)?;
+    file.take(max_bytes).read_to_end(&mut bytes).map_err(failed)?;
     safetensors_file::read(&bytes)
 }
 
@@ -97,11 +92,7 @@ pub(super) fn write_atomically(
 fn sync_folder_of(path: &Path) -> std::io::Result<()> {
     #[cfg(unix)]
     if let Some(folder) = path.parent() {
-        let folder = if folder.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            folder
-        };
+        let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
         File::open(folder)?.sync_all()?;
     }
     let _ = path;

@@ -14,10 +14,7 @@ pub struct Lease {
 
 impl Lease {
     pub(super) fn new(id: &str, cartridge: Arc<Cartridge>) -> Self {
-        Self {
-            id: id.into(),
-            cartridge,
-        }
+        Self { id: id.into(), cartridge }
     }
 
     /// A lease that no registry knows of, for tests and tools.

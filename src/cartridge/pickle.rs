@@ -26,33 +26,19 @@ const MAX_PROTOCOL: u8 = 5;
 pub(super) fn parse(bytes: &[u8]) -> Result<Pickle, CartridgeError> {
     if bytes.len() as u64 > limits::MAX_PICKLE_BYTES {
         let size = bytes.len() as u64;
-        return Err(CartridgeError::too_large(
-            "pickle bytes",
-            size,
-            limits::MAX_PICKLE_BYTES,
-        ));
+        return Err(CartridgeError::too_large("pickle bytes", size, limits::MAX_PICKLE_BYTES));
     }
-    let mut machine = Machine {
-        input: bytes,
-        ..Machine::default()
-    };
+    let mut machine = Machine { input: bytes, ..Machine::default() };
     for opcodes in 0.. {
         if opcodes > limits::MAX_PICKLE_OBJECTS {
             let limit = limits::MAX_PICKLE_OBJECTS as u64;
-            return Err(CartridgeError::too_large(
-                "pickle opcodes",
-                opcodes as u64,
-                limit,
-            ));
+            return Err(CartridgeError::too_large("pickle opcodes", opcodes as u64, limit));
         }
         let offset = machine.at;
         match machine.step() {
             Ok(None) => {}
             Ok(Some(root)) => {
-                return Ok(Pickle {
-                    nodes: machine.nodes,
-                    root,
-                });
+                return Ok(Pickle { nodes: machine.nodes, root });
             }
             Err(Fault::Refused(error)) => return Err(error),
             Err(Fault::Malformed(reason)) => {
@@ -108,11 +94,7 @@ impl<'a> Machine<'a> {
                 }
             }
             b'.' => {
-                return match (
-                    self.stack.pop(),
-                    self.stack.is_empty(),
-                    self.marks.is_empty(),
-                ) {
+                return match (self.stack.pop(), self.stack.is_empty(), self.marks.is_empty()) {
                     (Some(root), true, true) => Ok(Some(root)),
                     _ => Err("STOP with a stack that does not hold exactly one value".into()),
                 };
@@ -183,11 +165,7 @@ impl<'a> Machine<'a> {
                 self.push_node(Node::Tuple(items));
             }
             b'a' | b'e' | 0x90 => {
-                let items = if opcode == b'a' {
-                    vec![self.pop()?]
-                } else {
-                    self.pop_mark()?
-                };
+                let items = if opcode == b'a' { vec![self.pop()?] } else { self.pop_mark()? };
                 match (self.top_node()?, opcode) {
                     (Node::List(list), b'a' | b'e') => list.extend(items),
                     (Node::Set, 0x90) => {}
@@ -234,10 +212,7 @@ impl<'a> Machine<'a> {
     }
 
     fn take(&mut self, count: usize) -> Step<&'a [u8]> {
-        let end = self
-            .at
-            .checked_add(count)
-            .filter(|end| *end <= self.input.len());
+        let end = self.at.checked_add(count).filter(|end| *end <= self.input.len());
         let Some(end) = end else {
             return Err("the pickle ends in the middle of an opcode, or without STOP".into());
         };
@@ -248,9 +223,7 @@ impl<'a> Machine<'a> {
 
     fn array<const N: usize>(&mut self) -> Step<[u8; N]> {
         let taken = self.take(N)?;
-        taken
-            .try_into()
-            .map_err(|_| Fault::from("the pickle is truncated"))
+        taken.try_into().map_err(|_| Fault::from("the pickle is truncated"))
     }
 
     /// The length that precedes a text or byte string; its width depends on the opcode.
@@ -300,10 +273,7 @@ impl<'a> Machine<'a> {
     }
 
     fn pop_mark(&mut self) -> Step<Vec<Value>> {
-        let mark = self
-            .marks
-            .pop()
-            .ok_or_else(|| Fault::from("a mark is missing"))?;
+        let mark = self.marks.pop().ok_or_else(|| Fault::from("a mark is missing"))?;
         if mark > self.stack.len() {
             return Err("a mark above the stack".into());
         }
@@ -329,8 +299,7 @@ impl<'a> Machine<'a> {
 
     pub(super) fn top_node(&mut self) -> Step<&mut Node> {
         let id = self.stack.last().and_then(|top| self.node_id(top));
-        id.and_then(|id| self.nodes.get_mut(id))
-            .ok_or_else(|| "no container on the stack".into())
+        id.and_then(|id| self.nodes.get_mut(id)).ok_or_else(|| "no container on the stack".into())
     }
 
     pub(super) fn tuple(&self, value: &Value) -> Step<&[Value]> {
@@ -366,8 +335,7 @@ impl<'a> Machine<'a> {
             self.stack.push(value);
         } else {
             let top = self.stack.last().cloned();
-            self.memo
-                .insert(index, top.ok_or_else(|| Fault::from("nothing to memoise"))?);
+            self.memo.insert(index, top.ok_or_else(|| Fault::from("nothing to memoise"))?);
         }
         Ok(())
     }

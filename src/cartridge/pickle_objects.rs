@@ -20,24 +20,15 @@ impl Machine<'_> {
 
     pub(super) fn persistent_id(&mut self) -> Step<()> {
         let id = self.pop()?;
-        let [
-            Value::Text(kind),
-            Value::Global(Global::Storage(element)),
-            Value::Text(key),
-            _,
-            len,
-        ] = self.tuple(&id)?
+        let [Value::Text(kind), Value::Global(Global::Storage(element)), Value::Text(key), _, len] =
+            self.tuple(&id)?
         else {
             return Err("a persistent id that is no storage".into());
         };
         if **kind != *"storage" {
             return Err("a persistent id that is no storage".into());
         }
-        let storage = StorageRef {
-            element: *element,
-            key: Rc::clone(key),
-            len: natural(len)?,
-        };
+        let storage = StorageRef { element: *element, key: Rc::clone(key), len: natural(len)? };
         self.push_node(Node::Storage(storage));
         Ok(())
     }
@@ -72,9 +63,7 @@ impl Machine<'_> {
                 let tensor = self.tensor([storage, offset, size, stride], Some(*element))?;
                 Ok(self.new_node(Node::Tensor(tensor)))
             }
-            _ => Err(Fault::Malformed(format!(
-                "{callee:?} called with unexpected arguments"
-            ))),
+            _ => Err(Fault::Malformed(format!("{callee:?} called with unexpected arguments"))),
         }
     }
 
@@ -95,22 +84,14 @@ impl Machine<'_> {
             return Err("a tensor with as many sizes as strides was expected".into());
         }
         let element = element.unwrap_or(storage.element);
-        Ok(TensorRef {
-            storage: storage.clone(),
-            element,
-            offset: natural(offset)?,
-            size,
-            stride,
-        })
+        Ok(TensorRef { storage: storage.clone(), element, offset: natural(offset)?, size, stride })
     }
 
     /// BUILD: gives a ParameterList its attributes. On an OrderedDict (torch hangs `_metadata`
     /// there) the attributes are dropped.
     pub(super) fn build(&mut self) -> Step<()> {
         let state = self.pop()?;
-        let state = self
-            .node_id(&state)
-            .filter(|id| matches!(self.nodes[*id], Node::Dict(_)));
+        let state = self.node_id(&state).filter(|id| matches!(self.nodes[*id], Node::Dict(_)));
         match (self.top_node()?, state) {
             (Node::ParameterList(slot), Some(state)) => *slot = Some(state),
             (Node::Dict(_), Some(_)) => {}

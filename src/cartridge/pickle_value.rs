@@ -119,10 +119,7 @@ impl Global {
             ("torch", "uint64") => Self::Dtype(Element::Other("uint64")),
             _ => {
                 let global: String = format!("{module}.{name}").chars().take(200).collect();
-                return Err(CartridgeError::Forbidden {
-                    name: UNNAMED.to_owned(),
-                    global,
-                });
+                return Err(CartridgeError::Forbidden { name: UNNAMED.to_owned(), global });
             }
         })
     }

@@ -85,19 +85,14 @@ pub struct Registry {
 
 impl std::fmt::Debug for Registry {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Registry")
-            .field("options", &self.options)
-            .finish_non_exhaustive()
+        f.debug_struct("Registry").field("options", &self.options).finish_non_exhaustive()
     }
 }
 
 impl Registry {
     /// A registry over the folders of `options.dir`. Nothing is read before it is asked for.
     pub fn new(options: RegistryOptions) -> Arc<Self> {
-        let files = options
-            .dir
-            .clone()
-            .map(|dir| Arc::new(LocalFolder::new(dir)) as Arc<_>);
+        let files = options.dir.clone().map(|dir| Arc::new(LocalFolder::new(dir)) as Arc<_>);
         Self::with_sources(options, files, Arc::new(NoDownload))
     }
 
@@ -179,20 +174,13 @@ impl Registry {
             force = false;
         }
         let reason = "its file keeps changing".to_owned();
-        Err(CartridgeError::Busy {
-            id: r.id.clone(),
-            reason,
-        })
+        Err(CartridgeError::Busy { id: r.id.clone(), reason })
     }
 
     /// What can be named, and what is in memory. Looks into the cartridge directory, so it may
     /// block.
     pub fn list(&self) -> Vec<CartridgeInfo> {
-        let on_disk = self
-            .files
-            .as_ref()
-            .map(|files| files.list())
-            .unwrap_or_default();
+        let on_disk = self.files.as_ref().map(|files| files.list()).unwrap_or_default();
         let mut list = self.lock().list();
         let is_listed = |id: &String| {
             let folder = folder_name(id);
@@ -228,18 +216,12 @@ impl Registry {
             Entry::Occupied(flight) => Ok((flight.get().clone(), false)),
             Entry::Vacant(_) if pending >= limits::MAX_PENDING_CARTRIDGE_LOADS => {
                 let reason = format!("{pending} loads are under way");
-                Err(CartridgeError::Busy {
-                    id: r.id.clone(),
-                    reason,
-                })
+                Err(CartridgeError::Busy { id: r.id.clone(), reason })
             }
             Entry::Vacant(slot) => {
                 let (sender, flight) = watch::channel(None);
                 slot.insert(flight.clone());
-                let landing = Landing {
-                    registry: Arc::clone(self),
-                    folder: folder.to_owned(),
-                };
+                let landing = Landing { registry: Arc::clone(self), folder: folder.to_owned() };
                 let wanted = r.clone();
                 // A task of its own: it outlives a caller that disconnects.
                 tokio::spawn(async move {
@@ -260,18 +242,13 @@ impl Registry {
         let Some(files) = self.files.clone() else {
             return Err(not_found(&r.id));
         };
-        let permit = self
-            .permits
-            .acquire()
-            .await
-            .map_err(|_| interrupted(&r.id))?;
+        let permit = self.permits.acquire().await.map_err(|_| interrupted(&r.id))?;
         let (this, id, folder) = (Arc::clone(self), r.id.clone(), folder.to_owned());
         let max_bytes = self.options.max_file_bytes;
         let work = move || {
             let (cartridge, stamp) = files.read(&id, max_bytes)?;
             let cartridge = this.stage(cartridge).map_err(|error| error.named(&id))?;
-            this.lock()
-                .point(&folder, &id, cartridge.generation(), stamp);
+            this.lock().point(&folder, &id, cartridge.generation(), stamp);
             Ok((cartridge, stamp))
         };
         let loaded = tokio::task::spawn_blocking(work).await;
@@ -281,34 +258,21 @@ impl Registry {
 
     /// Checks a cartridge against the model, makes room for it, converts it, and makes it resident.
     fn stage(&self, cartridge: Cartridge) -> Result<Arc<Cartridge>, CartridgeError> {
-        let RegistryOptions {
-            shape,
-            model,
-            rope_theta,
-            device,
-            dtype,
-            max_positions,
-            ..
-        } = &self.options;
+        let RegistryOptions { shape, model, rope_theta, device, dtype, max_positions, .. } =
+            &self.options;
         validate(&cartridge, shape)?;
         if cartridge.tokens() >= *max_positions {
             let (size, limit) = (cartridge.tokens() as u64, *max_positions as u64 - 1);
             return Err(CartridgeError::too_large("tokens", size, limit));
         }
         for warning in provenance_warnings(cartridge.provenance(), model, *rope_theta) {
-            tracing::warn!(
-                generation = cartridge.generation().short(),
-                "cartridge: {warning}"
-            );
+            tracing::warn!(generation = cartridge.generation().short(), "cartridge: {warning}");
         }
         let generation = cartridge.generation();
         let bytes = cartridge.bytes_as(*dtype);
         let reservation = match self.lock().reserve(generation, bytes)? {
             Reservation::Resident(resident) => return Ok(resident),
-            Reservation::Reserved => Reserved {
-                registry: self,
-                bytes,
-            },
+            Reservation::Reserved => Reserved { registry: self, bytes },
         };
         let converted = cartridge.to(device, *dtype)?;
         // Numbers beyond the range of a narrower type become infinite.
@@ -339,9 +303,7 @@ impl Registry {
     /// Short and without I/O, hence a plain mutex. A panic under it cannot leave it half changed in
     /// a way that matters more than losing every cartridge would.
     fn lock(&self) -> MutexGuard<'_, Residents> {
-        self.residents
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.residents.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -370,8 +332,5 @@ impl Drop for Landing {
 }
 
 fn interrupted(id: &str) -> CartridgeError {
-    CartridgeError::Busy {
-        id: id.to_owned(),
-        reason: "its load was interrupted".to_owned(),
-    }
+    CartridgeError::Busy { id: id.to_owned(), reason: "its load was interrupted".to_owned() }
 }

@@ -72,14 +72,7 @@ pub(super) enum Reservation {
 impl Residents {
     pub fn new(budget: u64) -> Self {
         let (inserted, files, held) = (HashMap::new(), HashMap::new(), HashMap::new());
-        Self {
-            budget,
-            reserved: 0,
-            clock: 0,
-            inserted,
-            files,
-            held,
-        }
+        Self { budget, reserved: 0, clock: 0, inserted, files, held }
     }
 
     /// The inserted cartridge of an id.
@@ -115,20 +108,12 @@ impl Residents {
             return Ok(Reservation::Resident(resident));
         }
         if bytes > self.budget {
-            return Err(CartridgeError::too_large(
-                "bytes in memory",
-                bytes,
-                self.budget,
-            ));
+            return Err(CartridgeError::too_large("bytes in memory", bytes, self.budget));
         }
         self.held.retain(|_, held| held.memory.get().is_some());
         let used = self.reserved + self.held.values().map(|held| held.bytes).sum::<u64>();
         let mut excess = (used + bytes).saturating_sub(self.budget);
-        let mut idle: Vec<_> = self
-            .held
-            .iter()
-            .filter(|(g, h)| self.may_evict(**g, h))
-            .collect();
+        let mut idle: Vec<_> = self.held.iter().filter(|(g, h)| self.may_evict(**g, h)).collect();
         let evictable: u64 = idle.iter().map(|(_, held)| held.bytes).sum();
         if excess > evictable {
             let (budget, lent) = (self.budget, used - evictable);
@@ -151,8 +136,7 @@ impl Residents {
         for generation in &evicted {
             self.held.remove(generation);
         }
-        self.files
-            .retain(|_, file| !evicted.contains(&file.generation));
+        self.files.retain(|_, file| !evicted.contains(&file.generation));
         self.reserved += bytes;
         Ok(Reservation::Reserved)
     }
@@ -179,12 +163,7 @@ impl Residents {
         }
         self.clock += 1;
         let memory = Memory::Kept(Arc::clone(&cartridge));
-        let held = Held {
-            memory,
-            bytes,
-            used: self.clock,
-            id: String::new(),
-        };
+        let held = Held { memory, bytes, used: self.clock, id: String::new() };
         self.held.insert(generation, held);
         cartridge
     }
@@ -192,11 +171,7 @@ impl Residents {
     /// Names a resident after its file. What the name pointed at before is retired.
     pub fn point(&mut self, folder: &str, id: &str, generation: Generation, stamp: Stamp) {
         self.remember_name(generation, id);
-        let file = FileName {
-            id: id.to_owned(),
-            generation,
-            stamp,
-        };
+        let file = FileName { id: id.to_owned(), generation, stamp };
         if let Some(old) = self.files.insert(folder.to_owned(), file) {
             self.retire_unnamed(old.generation);
         }
@@ -218,10 +193,7 @@ impl Residents {
 
     /// Lets go of a generation that no name points at: its memory goes with its last lease.
     fn retire_unnamed(&mut self, generation: Generation) {
-        let named = self
-            .files
-            .values()
-            .any(|file| file.generation == generation);
+        let named = self.files.values().any(|file| file.generation == generation);
         if named || self.is_pinned(generation) {
             return;
         }
@@ -234,14 +206,8 @@ impl Residents {
 
     /// Inserted and loaded names, then retired generations that are still leased.
     pub fn list(&self) -> Vec<CartridgeInfo> {
-        let inserted = self
-            .inserted
-            .iter()
-            .map(|(id, generation)| (id, *generation, true));
-        let files = self
-            .files
-            .values()
-            .map(|file| (&file.id, file.generation, false));
+        let inserted = self.inserted.iter().map(|(id, generation)| (id, *generation, true));
+        let files = self.files.values().map(|file| (&file.id, file.generation, false));
         let mut list: Vec<_> = inserted
             .chain(files)
             .filter_map(|(id, generation, pinned)| self.info(id, generation, pinned))

@@ -23,9 +23,7 @@ const FORMAT_VERSION: &str = "1";
 
 /// Reads a whole file.
 pub(super) fn read(bytes: &[u8]) -> Result<Cartridge, CartridgeError> {
-    let header = bytes
-        .first_chunk()
-        .map(|length| u64::from_le_bytes(*length));
+    let header = bytes.first_chunk().map(|length| u64::from_le_bytes(*length));
     let header =
         header.ok_or_else(|| CartridgeError::invalid("shorter than a safetensors header"))?;
     if header > limits::MAX_SAFETENSORS_HEADER_BYTES {
@@ -35,10 +33,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Cartridge, CartridgeError> {
     let broken = |e| CartridgeError::invalid(format!("safetensors: {e}"));
     let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(broken)?;
     let tensors = SafeTensors::deserialize(bytes).map_err(broken)?;
-    let facts = metadata
-        .metadata()
-        .as_ref()
-        .ok_or_else(|| CartridgeError::invalid(NOT_OURS))?;
+    let facts = metadata.metadata().as_ref().ok_or_else(|| CartridgeError::invalid(NOT_OURS))?;
     if facts.get("format").map(String::as_str) != Some(FORMAT) {
         return Err(CartridgeError::invalid(NOT_OURS));
     }
@@ -58,10 +53,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<Cartridge, CartridgeError> {
             "its header says {tokens} tokens, its tensors have {have}"
         )));
     }
-    let claimed = facts
-        .get("generation")
-        .map(String::as_str)
-        .unwrap_or_default();
+    let claimed = facts.get("generation").map(String::as_str).unwrap_or_default();
     let actual = cartridge.generation();
     if claimed != actual.to_hex() {
         let claimed: String = claimed.chars().take(12).collect();
@@ -85,10 +77,7 @@ fn number(facts: &HashMap<String, String>, name: &str) -> Result<usize, Cartridg
 fn provenance(facts: &HashMap<String, String>) -> Result<Provenance, CartridgeError> {
     let bad = |name| CartridgeError::invalid(format!("its header has a malformed `{name}`"));
     let rope_theta = facts.get("rope_theta").map(|text| text.parse()).transpose();
-    let rope_scaling = facts
-        .get("rope_scaling")
-        .map(|text| serde_json::from_str(text))
-        .transpose();
+    let rope_scaling = facts.get("rope_scaling").map(|text| serde_json::from_str(text)).transpose();
     Ok(Provenance {
         model: facts.get("model").cloned(),
         rope_theta: rope_theta.map_err(|_| bad("rope_theta"))?,
@@ -139,9 +128,7 @@ fn tensor(view: &safetensors::tensor::TensorView<'_>) -> Result<Tensor, Cartridg
     // The crate checked that the shape agrees with the bytes that are there.
     tensor_from_bytes(dtype, view.shape(), |out| {
         if out.len() != view.data().len() {
-            return Err(CartridgeError::invalid(
-                "a tensor's shape disagrees with its bytes",
-            ));
+            return Err(CartridgeError::invalid("a tensor's shape disagrees with its bytes"));
         }
         out.copy_from_slice(view.data());
         Ok(())
@@ -160,8 +147,7 @@ pub fn write_safetensors(path: &Path, cartridge: &Cartridge) -> Result<(), Cartr
     let header = header(cartridge)?;
     write_atomically(path, |file| {
         let failed = |e| CartridgeError::io("write the file", &e);
-        file.write_all(&(header.len() as u64).to_le_bytes())
-            .map_err(failed)?;
+        file.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
         file.write_all(&header).map_err(failed)?;
         for tensor in cartridge.layers().iter().flat_map(LayerKv::tensors) {
             with_bytes(tensor, |bytes| file.write_all(bytes))?.map_err(failed)?;
@@ -184,14 +170,8 @@ fn header(cartridge: &Cartridge) -> Result<Vec<u8>, CartridgeError> {
     fact("frozen_tokens", Some(cartridge.frozen_tokens().to_string()));
     fact("generation", Some(cartridge.present_generation()?.to_hex()));
     fact("model", provenance.model.clone());
-    fact(
-        "rope_theta",
-        provenance.rope_theta.map(|theta| theta.to_string()),
-    );
-    fact(
-        "rope_scaling",
-        provenance.rope_scaling.as_ref().map(Value::to_string),
-    );
+    fact("rope_theta", provenance.rope_theta.map(|theta| theta.to_string()));
+    fact("rope_scaling", provenance.rope_scaling.as_ref().map(Value::to_string));
     fact("origin", provenance.origin.clone());
     let mut header = Map::new();
     header.insert("__metadata__".to_owned(), Value::Object(facts));

@@ -80,10 +80,7 @@ mod tests {
     #[test]
     fn follows_tokasaurus() {
         for (id, folder) in [
-            (
-                "hazyresearch/cartridge-wauoq23f",
-                "hazyresearch-cartridge-wauoq23f",
-            ),
+            ("hazyresearch/cartridge-wauoq23f", "hazyresearch-cartridge-wauoq23f"),
             ("meta-llama/Llama-3.2-3B", "meta-llama-Llama-3_2-3B"),
             ("a--b", "a_b"),
             ("a_-b", "a_b"),
@@ -112,29 +109,16 @@ mod tests {
         let long_folder = "x".repeat(MAX_FOLDER_BYTES + 1);
         for id in ["", "  ", ".", "///", "::", " . ", "_", &long, &long_folder] {
             let error = folder_name(id).unwrap_err();
-            assert!(
-                matches!(error, CartridgeError::InvalidId { .. }),
-                "{id:?}: {error}"
-            );
+            assert!(matches!(error, CartridgeError::InvalidId { .. }), "{id:?}: {error}");
         }
         folder_name(&"x".repeat(MAX_FOLDER_BYTES)).unwrap();
     }
 
     #[test]
     fn no_name_can_leave_the_directory() {
-        for id in [
-            "../x",
-            "a/../../b",
-            "/etc/passwd",
-            "..\\..\\x",
-            "a\0b",
-            "C:\\x",
-        ] {
+        for id in ["../x", "a/../../b", "/etc/passwd", "..\\..\\x", "a\0b", "C:\\x"] {
             let name = folder_name(id).unwrap();
-            assert!(
-                !name.contains(['/', '\\', '.', '\0', ':']),
-                "{id:?} gives {name:?}"
-            );
+            assert!(!name.contains(['/', '\\', '.', '\0', ':']), "{id:?} gives {name:?}");
         }
     }
 }

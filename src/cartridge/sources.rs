@@ -28,19 +28,11 @@ impl From<&Metadata> for Stamp {
             use std::os::unix::fs::MetadataExt;
             let changed =
                 i128::from(metadata.ctime()) * 1_000_000_000 + i128::from(metadata.ctime_nsec());
-            [
-                i128::from(metadata.dev()),
-                i128::from(metadata.ino()),
-                changed,
-            ]
+            [i128::from(metadata.dev()), i128::from(metadata.ino()), changed]
         };
         #[cfg(not(unix))]
         let inode = [0; 3];
-        Self {
-            len: metadata.len(),
-            modified: metadata.modified().ok(),
-            inode,
-        }
+        Self { len: metadata.len(), modified: metadata.modified().ok(), inode }
     }
 }
 
@@ -160,13 +152,9 @@ impl FileSource for LocalFolder {
                 return Err(not_found(id));
             };
             let (file, stamp) = open_regular(&path)?;
-            let again = file
-                .try_clone()
-                .map_err(|e| CartridgeError::io("open the file", &e))?;
+            let again = file.try_clone().map_err(|e| CartridgeError::io("open the file", &e))?;
             let cartridge = read_file(file, max_bytes);
-            let after = again
-                .metadata()
-                .map_err(|e| CartridgeError::io("read the file", &e))?;
+            let after = again.metadata().map_err(|e| CartridgeError::io("read the file", &e))?;
             if Stamp::from(&after) != stamp {
                 let changed =
                     std::io::Error::other("it changed meanwhile; replace files by rename");
@@ -183,9 +171,7 @@ impl FileSource for LocalFolder {
         let Ok(entries) = fs::read_dir(&self.dir) else {
             return Vec::new();
         };
-        let names = entries
-            .flatten()
-            .filter_map(|entry| entry.file_name().into_string().ok());
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
         let id = |name: String| {
             let id = match read_small(&self.dir.join(&name).join(ID_RECORD), ID_BYTES) {
                 Ok(Some(id)) => id,
@@ -209,10 +195,7 @@ pub(super) fn not_found(id: &str) -> CartridgeError {
         }
         Err(error) => error.to_string(),
     };
-    CartridgeError::NotFound {
-        id: id.to_owned(),
-        hint,
-    }
+    CartridgeError::NotFound { id: id.to_owned(), hint }
 }
 
 fn choose_file(folder: &Path) -> Result<Option<PathBuf>, CartridgeError> {
@@ -223,20 +206,12 @@ fn choose_file(folder: &Path) -> Result<Option<PathBuf>, CartridgeError> {
         }
     }
     let entries = fs::read_dir(folder).map_err(|e| CartridgeError::io("list its folder", &e))?;
-    let names = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok());
+    let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     let mut files: Vec<String> = names.filter(|name| name.ends_with(".pt")).collect();
     let step = |name: &String| -> Option<u64> {
-        name.strip_prefix("cache-step")?
-            .strip_suffix(".pt")?
-            .parse()
-            .ok()
+        name.strip_prefix("cache-step")?.strip_suffix(".pt")?.parse().ok()
     };
-    let newest = files
-        .iter()
-        .filter(|name| step(name).is_some())
-        .max_by_key(|name| step(name));
+    let newest = files.iter().filter(|name| step(name).is_some()).max_by_key(|name| step(name));
     let chosen = match (newest, files.len()) {
         (Some(name), _) => Some(name.clone()),
         (None, 0 | 1) => files.pop(),
@@ -278,9 +253,7 @@ fn open_regular(path: &Path) -> Result<(File, Stamp), CartridgeError> {
     let opened = file.metadata().map_err(failed)?;
     let stamp = Stamp::from(&opened);
     if !opened.is_file() || stamp.inode[..2] != Stamp::from(&seen).inode[..2] {
-        return Err(CartridgeError::invalid(
-            "its file was swapped while it was opened",
-        ));
+        return Err(CartridgeError::invalid("its file was swapped while it was opened"));
     }
     Ok((file, stamp))
 }

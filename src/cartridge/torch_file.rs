@@ -25,9 +25,7 @@ pub(super) fn read(source: impl Read + Seek, len: u64) -> Result<Cartridge, Cart
         && order != b"little"
     {
         let order = String::from_utf8_lossy(&order).into_owned();
-        return Err(CartridgeError::invalid(format!(
-            "byte order `{order}`; only little is read"
-        )));
+        return Err(CartridgeError::invalid(format!("byte order `{order}`; only little is read")));
     }
     let pickled = records.read_small("data.pkl", limits::MAX_PICKLE_BYTES)?;
     let pickled = pickled.ok_or_else(|| CartridgeError::invalid("the zip has no data.pkl"))?;
@@ -47,9 +45,7 @@ impl<R: Read + Seek> Records<R> {
     fn open(source: R, len: u64) -> Result<Self, CartridgeError> {
         // torch puts nothing before the zip. Left to detect that, the reader searches for
         // signatures.
-        let config = Config {
-            archive_offset: ArchiveOffset::Known(0),
-        };
+        let config = Config { archive_offset: ArchiveOffset::Known(0) };
         let mut archive =
             ZipArchive::with_config(config, source).map_err(|e| zip_error("open the zip", &e))?;
         if archive.len() > limits::MAX_ZIP_RECORDS {
@@ -57,19 +53,12 @@ impl<R: Read + Seek> Records<R> {
             return Err(CartridgeError::too_large("zip records", size, limit));
         }
         if archive.has_duplicate_names() {
-            return Err(CartridgeError::invalid(
-                "the zip has several records of one name",
-            ));
+            return Err(CartridgeError::invalid("the zip has several records of one name"));
         }
         let mut names = Vec::with_capacity(archive.len());
         for i in 0..archive.len() {
-            let entry = archive
-                .by_index_data(i)
-                .map_err(|e| zip_error("list the zip", &e))?;
-            let name = entry
-                .name()
-                .map_err(|e| zip_error("list the zip", &e))?
-                .into_owned();
+            let entry = archive.by_index_data(i).map_err(|e| zip_error("list the zip", &e))?;
+            let name = entry.name().map_err(|e| zip_error("list the zip", &e))?.into_owned();
             let (size, packed) = (entry.size(), entry.compressed_size());
             let shown: String = name.chars().take(80).collect();
             if entry.compression() != CompressionMethod::Stored || entry.encrypted() {
@@ -83,10 +72,7 @@ impl<R: Read + Seek> Records<R> {
             names.push(name);
         }
         // Two records over the same bytes would let a small file claim a lot of memory.
-        if archive
-            .has_overlapping_entries()
-            .map_err(|e| zip_error("list the zip", &e))?
-        {
+        if archive.has_overlapping_entries().map_err(|e| zip_error("list the zip", &e))? {
             return Err(CartridgeError::invalid("records of the zip overlap"));
         }
         let index = without_stem(names)?;
@@ -95,10 +81,7 @@ impl<R: Read + Seek> Records<R> {
 
     pub fn size(&mut self, name: &str) -> Option<u64> {
         let index = *self.index.get(name)?;
-        self.archive
-            .by_index_data(index)
-            .ok()
-            .map(|entry| entry.size())
+        self.archive.by_index_data(index).ok().map(|entry| entry.size())
     }
 
     /// A whole record, its checksum verified. Sizes were checked against the file's length.
@@ -106,20 +89,13 @@ impl<R: Read + Seek> Records<R> {
         let index = self.index.get(name).copied();
         let index =
             index.ok_or_else(|| CartridgeError::invalid(format!("record `{name}` is missing")))?;
-        let mut record = self
-            .archive
-            .by_index(index)
-            .map_err(|e| zip_error("read the zip", &e))?;
+        let mut record = self.archive.by_index(index).map_err(|e| zip_error("read the zip", &e))?;
         let mut bytes = Vec::with_capacity(usize::try_from(record.size()).unwrap_or(0));
         let read = record.read_to_end(&mut bytes);
         let failed = |reason: String| CartridgeError::invalid(format!("record `{name}`: {reason}"));
         read.map_err(|e| failed(e.to_string()))?;
         if bytes.len() as u64 != record.size() {
-            return Err(failed(format!(
-                "{} bytes of {}",
-                bytes.len(),
-                record.size()
-            )));
+            return Err(failed(format!("{} bytes of {}", bytes.len(), record.size())));
         }
         Ok(bytes)
     }
@@ -127,11 +103,9 @@ impl<R: Read + Seek> Records<R> {
     fn read_small(&mut self, name: &str, limit: u64) -> Result<Option<Vec<u8>>, CartridgeError> {
         match self.size(name) {
             None => Ok(None),
-            Some(size) if size > limit => Err(CartridgeError::too_large(
-                "bytes in a record of the zip",
-                size,
-                limit,
-            )),
+            Some(size) if size > limit => {
+                Err(CartridgeError::too_large("bytes in a record of the zip", size, limit))
+            }
             Some(_) => self.read(name).map(Some),
         }
     }
@@ -140,9 +114,7 @@ impl<R: Read + Seek> Records<R> {
 /// Every record lies below one folder, whatever its name; the folder of `data.pkl` is it.
 fn without_stem(names: Vec<String>) -> Result<HashMap<String, usize>, CartridgeError> {
     let invalid = |reason: &str| Err(CartridgeError::invalid(reason));
-    let mut stems = names
-        .iter()
-        .filter_map(|name| name.strip_suffix("data.pkl"));
+    let mut stems = names.iter().filter_map(|name| name.strip_suffix("data.pkl"));
     let stems = (stems.next().map(str::to_owned), stems.next());
     let (Some(stem), None) = stems else {
         return invalid("a torch zip has exactly one data.pkl");

@@ -50,9 +50,7 @@ impl Layout {
     /// Keys this reader does not know are ignored, as the trainers ignore them.
     pub fn find(pickle: &Pickle) -> Result<Self, CartridgeError> {
         let Some(top) = pickle.dict(&pickle.root) else {
-            return Err(CartridgeError::invalid(
-                "the top level of the file is not a dict",
-            ));
+            return Err(CartridgeError::invalid("the top level of the file is not a dict"));
         };
         let list = |name: &str| match entry(top, name) {
             Some(value) => tensors(pickle, name, value).map(Some),
@@ -72,10 +70,7 @@ impl Layout {
                 return Err(CartridgeError::invalid(reason));
             }
             let mut frozen = frozen.into_iter();
-            let pair = |trainable| Side {
-                frozen: frozen.next(),
-                trainable,
-            };
+            let pair = |trainable| Side { frozen: frozen.next(), trainable };
             Ok(trainable.into_iter().map(pair).collect())
         };
         let (keys, values) = (side("keys")?, side("values")?);
@@ -126,19 +121,9 @@ impl Layout {
             return Err(CartridgeError::too_large("tokens", tokens, limit));
         }
         if tokens == 0 || heads == 0 || head_dim == 0 {
-            return invalid(format!(
-                "empty: {heads} heads, {tokens} tokens, head size {head_dim}"
-            ));
+            return invalid(format!("empty: {heads} heads, {tokens} tokens, head size {head_dim}"));
         }
-        Ok(Self {
-            keys,
-            values,
-            frozen,
-            tokens,
-            heads,
-            head_dim,
-            dtype,
-        })
+        Ok(Self { keys, values, frozen, tokens, heads, head_dim, dtype })
     }
 
     /// Reads the numbers: layers and the count of frozen tokens.
@@ -151,11 +136,7 @@ impl Layout {
         for (keys, values) in self.keys.iter().zip(&self.values) {
             let keys = self.tensor(keys, &mut storages, records)?;
             let values = self.tensor(values, &mut storages, records)?;
-            layers.push(LayerKv {
-                keys,
-                values,
-                bias: None,
-            });
+            layers.push(LayerKv { keys, values, bias: None });
         }
         // Bounded by MAX_CARTRIDGE_TOKENS above.
         Ok((layers, self.frozen as usize))
@@ -213,11 +194,7 @@ impl Layout {
         records: &mut Records<R>,
     ) -> Result<Tensor, CartridgeError> {
         // All sizes were checked against bytes that are there, so they fit the address space.
-        let dims = [
-            self.heads as usize,
-            self.tokens as usize,
-            self.head_dim as usize,
-        ];
+        let dims = [self.heads as usize, self.tokens as usize, self.head_dim as usize];
         let width = self.dtype.size_in_bytes();
         let row = dims[2] * width;
         tensor_from_bytes(self.dtype, &dims, |out| {
@@ -233,14 +210,7 @@ impl Layout {
                 for head in 0..dims[0] {
                     for token in 0..tokens {
                         let start = (head * dims[1] + first_token + token) * row;
-                        copy_row(
-                            view,
-                            head,
-                            token,
-                            width,
-                            &data,
-                            &mut out[start..start + row],
-                        );
+                        copy_row(view, head, token, width, &data, &mut out[start..start + row]);
                     }
                 }
                 first_token += tokens;
@@ -302,9 +272,6 @@ fn numbered(entries: &[(Value, Value)]) -> Option<Vec<&Value>> {
         })
         .collect::<Option<Vec<_>>>()?;
     items.sort_by_key(|(number, _)| *number);
-    let in_order = items
-        .iter()
-        .enumerate()
-        .all(|(i, (number, _))| i == *number);
+    let in_order = items.iter().enumerate().all(|(i, (number, _))| i == *number);
     in_order.then(|| items.into_iter().map(|(_, value)| value).collect())
 }

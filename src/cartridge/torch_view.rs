@@ -35,32 +35,18 @@ pub(super) fn check_view(
     record: u64,
 ) -> Result<u64, CartridgeError> {
     let width = dtype.size_in_bytes() as u64;
-    let storage_width = if view.storage.element == Element::Untyped {
-        1
-    } else {
-        width
-    };
+    let storage_width = if view.storage.element == Element::Untyped { 1 } else { width };
     let key = &view.storage.key;
     let claimed = view.storage.len.checked_mul(storage_width);
     let Some(claimed) = claimed.filter(|claimed| *claimed <= record) else {
-        let reason = format!(
-            "storage `{key}` claims {} elements, has {record} bytes",
-            view.storage.len
-        );
+        let reason =
+            format!("storage `{key}` claims {} elements, has {record} bytes", view.storage.len);
         return Err(CartridgeError::invalid(reason));
     };
-    let last = view
-        .size
-        .iter()
-        .zip(&view.stride)
-        .try_fold(view.offset, |sum, (size, stride)| {
-            (size - 1)
-                .checked_mul(*stride)
-                .and_then(|step| sum.checked_add(step))
-        });
-    let end = last
-        .and_then(|last| last.checked_add(1))
-        .and_then(|end| end.checked_mul(width));
+    let last = view.size.iter().zip(&view.stride).try_fold(view.offset, |sum, (size, stride)| {
+        (size - 1).checked_mul(*stride).and_then(|step| sum.checked_add(step))
+    });
+    let end = last.and_then(|last| last.checked_add(1)).and_then(|end| end.checked_mul(width));
     if end.is_none_or(|end| end > claimed) {
         let (size, stride, offset) = (&view.size, &view.stride, view.offset);
         let reason = format!(
@@ -69,18 +55,13 @@ pub(super) fn check_view(
         );
         return Err(CartridgeError::invalid(reason));
     }
-    let bytes = view
-        .size
-        .iter()
-        .try_fold(width, |product, size| product.checked_mul(*size));
+    let bytes = view.size.iter().try_fold(width, |product, size| product.checked_mul(*size));
     // A view that repeats elements (stride 0) may have more elements than its storage.
     match bytes.filter(|bytes| *bytes <= claimed) {
         Some(bytes) => Ok(bytes),
         None => {
-            let reason = format!(
-                "a tensor of shape {:?} repeats elements of its storage",
-                view.size
-            );
+            let reason =
+                format!("a tensor of shape {:?} repeats elements of its storage", view.size);
             Err(CartridgeError::invalid(reason))
         }
     }

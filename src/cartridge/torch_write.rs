@@ -51,13 +51,8 @@ pub fn write_torch(
         let reason = "a .pt file cannot hold its attention bias; write safetensors";
         return Err(CartridgeError::invalid(reason));
     }
-    let stem = path
-        .file_stem()
-        .and_then(|stem| stem.to_str())
-        .unwrap_or("archive");
-    write_atomically(path, |file| {
-        write_records(file, stem, cartridge, style, naming)
-    })
+    let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or("archive");
+    write_atomically(path, |file| write_records(file, stem, cartridge, style, naming))
 }
 
 fn write_records(
@@ -69,20 +64,12 @@ fn write_records(
 ) -> Result<(), CartridgeError> {
     let mut zip = ZipWriter::new(file);
     let pickled = pickle(cartridge, style, naming);
-    write_record(
-        &mut zip,
-        &format!("{stem}/data.pkl"),
-        pickled.len(),
-        |zip| zip.write_all(&pickled),
-    )?;
-    write_record(&mut zip, &format!("{stem}/byteorder"), 6, |zip| {
-        zip.write_all(b"little")
+    write_record(&mut zip, &format!("{stem}/data.pkl"), pickled.len(), |zip| {
+        zip.write_all(&pickled)
     })?;
+    write_record(&mut zip, &format!("{stem}/byteorder"), 6, |zip| zip.write_all(b"little"))?;
     let width = cartridge.dtype().size_in_bytes();
-    let (heads, row) = (
-        cartridge.shape().kv_heads,
-        cartridge.shape().head_dim * width,
-    );
+    let (heads, row) = (cartridge.shape().kv_heads, cartridge.shape().head_dim * width);
     for (part, list) in LISTS.iter().enumerate() {
         let tokens = list.tokens(cartridge);
         let (first, count) = (tokens.start, tokens.len());
@@ -100,9 +87,7 @@ fn write_records(
             })?;
         }
     }
-    write_record(&mut zip, &format!("{stem}/version"), 2, |zip| {
-        zip.write_all(b"3\n")
-    })?;
+    write_record(&mut zip, &format!("{stem}/version"), 2, |zip| zip.write_all(b"3\n"))?;
     zip.finish().map_err(|e| zip_failed(&e))?;
     Ok(())
 }
@@ -134,41 +119,21 @@ struct List {
 
 /// In the order of the stock trainers.
 const LISTS: [List; 4] = [
-    List {
-        frozen: false,
-        keys: true,
-    },
-    List {
-        frozen: false,
-        keys: false,
-    },
-    List {
-        frozen: true,
-        keys: true,
-    },
-    List {
-        frozen: true,
-        keys: false,
-    },
+    List { frozen: false, keys: true },
+    List { frozen: false, keys: false },
+    List { frozen: true, keys: true },
+    List { frozen: true, keys: false },
 ];
 
 impl List {
     fn tokens(&self, cartridge: &Cartridge) -> std::ops::Range<usize> {
         let frozen = cartridge.frozen_tokens();
-        if self.frozen {
-            0..frozen
-        } else {
-            frozen..cartridge.tokens()
-        }
+        if self.frozen { 0..frozen } else { frozen..cartridge.tokens() }
     }
 
     fn tensor<'a>(&self, cartridge: &'a Cartridge, layer: usize) -> &'a Tensor {
         let layer = &cartridge.layers()[layer];
-        if self.keys {
-            &layer.keys
-        } else {
-            &layer.values
-        }
+        if self.keys { &layer.keys } else { &layer.values }
     }
 
     fn names(&self, naming: Naming) -> Vec<&'static str> {
@@ -190,10 +155,7 @@ fn storage_key(cartridge: &Cartridge, part: usize, layer: usize) -> usize {
 }
 
 fn pickle(cartridge: &Cartridge, style: TorchStyle, naming: Naming) -> Vec<u8> {
-    let mut out = Pickler {
-        out: vec![0x80, 2],
-        cartridge,
-    };
+    let mut out = Pickler { out: vec![0x80, 2], cartridge };
     out.op(b"}(");
     for (part, list) in LISTS.iter().enumerate() {
         for name in list.names(naming) {

@@ -19,12 +19,7 @@ pub fn validate(cartridge: &Cartridge, model: &KvShape) -> Result<(), CartridgeE
         ("numbers per head", have.head_dim, model.head_dim),
     ] {
         if have != need {
-            return Err(CartridgeError::Mismatch {
-                name: UNNAMED.to_owned(),
-                what,
-                have,
-                need,
-            });
+            return Err(CartridgeError::Mismatch { name: UNNAMED.to_owned(), what, have, need });
         }
     }
     check_finite(cartridge)
@@ -35,10 +30,8 @@ pub(super) fn check_finite(cartridge: &Cartridge) -> Result<(), CartridgeError> 
     for (i, layer) in cartridge.layers().iter().enumerate() {
         for (tensor, name) in layer.tensors().zip(["keys", "values", "bias"]) {
             if let Some(at) = first_non_finite(tensor)? {
-                let reason = format!(
-                    "layer {i} {name}: element {at} of {:?} is not finite",
-                    tensor.dims()
-                );
+                let reason =
+                    format!("layer {i} {name}: element {at} of {:?} is not finite", tensor.dims());
                 return Err(CartridgeError::invalid(reason));
             }
         }
@@ -51,12 +44,8 @@ pub(super) fn check_finite(cartridge: &Cartridge) -> Result<(), CartridgeError> 
 fn first_non_finite(tensor: &Tensor) -> Result<Option<usize>, CartridgeError> {
     let dtype = tensor.dtype();
     with_bytes(tensor, |bytes| match dtype {
-        DType::F32 => bytes
-            .chunks_exact(4)
-            .position(|b| b[3] & 0x7f == 0x7f && b[2] & 0x80 != 0),
-        DType::BF16 => bytes
-            .chunks_exact(2)
-            .position(|b| b[1] & 0x7f == 0x7f && b[0] & 0x80 != 0),
+        DType::F32 => bytes.chunks_exact(4).position(|b| b[3] & 0x7f == 0x7f && b[2] & 0x80 != 0),
+        DType::BF16 => bytes.chunks_exact(2).position(|b| b[1] & 0x7f == 0x7f && b[0] & 0x80 != 0),
         _ => bytes.chunks_exact(2).position(|b| b[1] & 0x7c == 0x7c),
     })
 }
@@ -73,16 +62,12 @@ pub fn provenance_warnings(
     if let Some(made_for) = &provenance.model
         && !same_model(made_for, model)
     {
-        warnings.push(format!(
-            "it was made for `{made_for}`, the model served is `{model}`"
-        ));
+        warnings.push(format!("it was made for `{made_for}`, the model served is `{model}`"));
     }
     if let (Some(made_with), Some(serves)) = (provenance.rope_theta, rope_theta)
         && (made_with - serves).abs() > 1e-6 * serves.abs()
     {
-        warnings.push(format!(
-            "its keys were rotated with rope_theta {made_with}, not {serves}"
-        ));
+        warnings.push(format!("its keys were rotated with rope_theta {made_with}, not {serves}"));
     }
     warnings
 }
@@ -108,26 +93,15 @@ mod tests {
             let tensor = |bad: Option<f32>| {
                 let mut data: Vec<f32> = (0..12).map(|i| i as f32 - 5.0).collect();
                 data[7] = bad.unwrap_or(data[7]);
-                Tensor::from_vec(data, (2, 3, 2), &Device::Cpu)
-                    .unwrap()
-                    .to_dtype(dtype)
-                    .unwrap()
+                Tensor::from_vec(data, (2, 3, 2), &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
             };
             let bad = poison.filter(|(at, _)| *at == layer).map(|(_, bad)| bad);
-            LayerKv {
-                keys: tensor(None),
-                values: tensor(bad),
-                bias: None,
-            }
+            LayerKv { keys: tensor(None), values: tensor(bad), bias: None }
         });
         Cartridge::new(layers.collect(), 1, Provenance::default()).unwrap()
     }
 
-    const MODEL: KvShape = KvShape {
-        layers: 2,
-        kv_heads: 2,
-        head_dim: 2,
-    };
+    const MODEL: KvShape = KvShape { layers: 2, kv_heads: 2, head_dim: 2 };
 
     #[test]
     fn every_shape_mismatch_is_named() {
@@ -135,25 +109,11 @@ mod tests {
         validate(&good, &MODEL).unwrap();
         for (model, named) in [
             (KvShape { layers: 3, ..MODEL }, ("layers", 2, 3)),
-            (
-                KvShape {
-                    kv_heads: 1,
-                    ..MODEL
-                },
-                ("KV heads", 2, 1),
-            ),
-            (
-                KvShape {
-                    head_dim: 64,
-                    ..MODEL
-                },
-                ("numbers per head", 2, 64),
-            ),
+            (KvShape { kv_heads: 1, ..MODEL }, ("KV heads", 2, 1)),
+            (KvShape { head_dim: 64, ..MODEL }, ("numbers per head", 2, 64)),
         ] {
             match validate(&good, &model) {
-                Err(CartridgeError::Mismatch {
-                    what, have, need, ..
-                }) => {
+                Err(CartridgeError::Mismatch { what, have, need, .. }) => {
                     assert_eq!((what, have, need), named)
                 }
                 other => panic!("expected a mismatch, got {other:?}"),
@@ -167,10 +127,7 @@ mod tests {
             validate(&cartridge(dtype, None), &MODEL).unwrap();
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let error = validate(&cartridge(dtype, Some((1, bad))), &MODEL).unwrap_err();
-                assert!(
-                    error.to_string().contains("layer 1 values: element 7"),
-                    "{error}"
-                );
+                assert!(error.to_string().contains("layer 1 values: element 7"), "{error}");
             }
         }
         validate(&cartridge(DType::F32, Some((0, f32::MAX))), &MODEL).unwrap();

@@ -97,11 +97,8 @@ fn acquire(runtime: &Runtime, ids: &[String]) -> Result<Vec<Lease>, CliError> {
         .map_err(|source| CliError::System { what: "cannot start the async runtime", source })?;
     ids.iter()
         .map(|id| {
-            let reference = CartridgeRef {
-                id: id.clone(),
-                source: Source::Local,
-                force_redownload: false,
-            };
+            let reference =
+                CartridgeRef { id: id.clone(), source: Source::Local, force_redownload: false };
             Ok(tokio.block_on(runtime.registry.acquire(&reference))?)
         })
         .collect()

@@ -115,15 +115,14 @@ fn evaluate(runtime: &Runtime) -> Result<Vec<Row>, CliError> {
             asked.push((question, Questions { title, refusal, questions: Vec::new() }));
         }
     }
-    Ok(modes.iter().zip(answers).map(|(mode, answers)| row(runtime, *mode, &asked, &answers)).collect())
+    Ok(modes
+        .iter()
+        .zip(answers)
+        .map(|(mode, answers)| row(runtime, *mode, &asked, &answers))
+        .collect())
 }
 
-fn row(
-    runtime: &Runtime,
-    mode: Mode,
-    asked: &[(Question, Questions)],
-    answers: &[Answer],
-) -> Row {
+fn row(runtime: &Runtime, mode: Mode, asked: &[(Question, Questions)], answers: &[Answer]) -> Row {
     let shape = runtime.engine.info().kv_shape;
     let token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * size_of::<f32>();
     let pairs = || asked.iter().zip(answers);

@@ -80,9 +80,8 @@ pub fn run(args: ServeArgs) -> Result<(), CliError> {
     let runtime_options = file.complete(&args.runtime)?;
     let server = file.complete(&args.server)?;
     runtime_options.set_threads()?;
-    let metrics = api::metrics::recorder_builder()
-        .ok()
-        .and_then(|builder| builder.install_recorder().ok());
+    let metrics =
+        api::metrics::recorder_builder().ok().and_then(|builder| builder.install_recorder().ok());
     api::metrics::describe();
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()

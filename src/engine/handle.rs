@@ -108,8 +108,7 @@ impl EngineHandle {
     }
 
     fn check(&self, request: &GenerateRequest) -> Result<(), EngineError> {
-        let invalid =
-            |field, reason: String| Err(EngineError::InvalidRequest { field, reason });
+        let invalid = |field, reason: String| Err(EngineError::InvalidRequest { field, reason });
         let max_tokens = request.sampling.max_tokens;
         if request.prompt.is_empty() {
             return invalid("prompt", "is empty; it needs at least one token".to_owned());

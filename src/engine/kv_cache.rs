@@ -94,8 +94,7 @@ impl Attend for PagedAttention<'_> {
                 let width = shape.kv_heads * shape.head_dim;
                 let mut tokens = k.chunks_exact(width).zip(v.chunks_exact(width));
                 for entry in self.batch {
-                    for (at, (k, v)) in
-                        (entry.start..entry.start + entry.rows).zip(tokens.by_ref())
+                    for (at, (k, v)) in (entry.start..entry.start + entry.rows).zip(tokens.by_ref())
                     {
                         store.write(shape, entry.table, at, k, v);
                     }

@@ -31,12 +31,7 @@ pub enum EngineError {
         "prompt of {prompt} tokens, {cartridge} cartridge tokens and {max_tokens} tokens to generate \
          exceed the {limit} tokens a request may use; shorten the prompt or lower max_tokens"
     )]
-    TooLong {
-        prompt: usize,
-        cartridge: usize,
-        max_tokens: usize,
-        limit: usize,
-    },
+    TooLong { prompt: usize, cartridge: usize, max_tokens: usize, limit: usize },
     /// A parameter the engine cannot honour.
     #[error("{field}: {reason}")]
     InvalidRequest { field: &'static str, reason: String },

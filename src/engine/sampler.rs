@@ -34,13 +34,7 @@ impl Sampler {
             1.0 => HashSet::new(),
             _ => prompt.iter().copied().collect(),
         };
-        Self {
-            params: params.clone(),
-            rng,
-            generated: HashMap::new(),
-            prompt,
-            logits: Vec::new(),
-        }
+        Self { params: params.clone(), rng, generated: HashMap::new(), prompt, logits: Vec::new() }
     }
 
     /// Draws a token from a row of logits; `forbidden` ids are never drawn. The row must be finite.

@@ -314,9 +314,7 @@ mod tests {
         // The converter's permutation: reshape(heads, 2, half).swapaxes(1, 2).
         let (heads, half) = (2, 3);
         let converted: Vec<usize> = (0..heads)
-            .flat_map(|h| {
-                (0..half).flat_map(move |j| (0..2).map(move |s| (h * 2 + s) * half + j))
-            })
+            .flat_map(|h| (0..half).flat_map(move |j| (0..2).map(move |s| (h * 2 + s) * half + j)))
             .collect();
         let restored: Vec<usize> = row_order(12, heads).map(|row| converted[row]).collect();
         assert_eq!(restored, (0..12).collect::<Vec<_>>());

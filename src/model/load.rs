@@ -168,9 +168,7 @@ fn gguf_template(
 ) -> Result<Option<ChatTemplate>, ModelError> {
     let Some(source) = gguf.chat_template() else { return Ok(None) };
     let mut tokens = Map::new();
-    for (variable, kind) in
-        [("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown")]
-    {
+    for (variable, kind) in [("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown")] {
         if let Some(id) = gguf.special_token(kind) {
             tokens.insert(variable.to_owned(), tokenizer.token_string(id).into());
         }

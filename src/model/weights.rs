@@ -47,15 +47,10 @@ impl Matrix {
 }
 
 /// Reads every weight the configuration asks for, checks its shape, and builds the decoder.
-pub(super) fn build(
-    config: ModelConfig,
-    reader: &dyn WeightReader,
-) -> Result<Decoder, ModelError> {
+pub(super) fn build(config: ModelConfig, reader: &dyn WeightReader) -> Result<Decoder, ModelError> {
     let c = &config;
     let missing = |name: &str| ModelError::MissingWeight { name: name.to_owned() };
-    let vector = |name: &str, len: usize| {
-        reader.vector(name, len)?.ok_or_else(|| missing(name))
-    };
+    let vector = |name: &str, len: usize| reader.vector(name, len)?.ok_or_else(|| missing(name));
     let matrix = |name: &str, shape: (usize, usize)| {
         reader.matrix(name, shape)?.ok_or_else(|| missing(name))
     };

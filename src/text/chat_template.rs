@@ -80,10 +80,7 @@ impl ChatTemplate {
             .into_iter()
             .map(|(name, source)| Ok((name.to_owned(), Compiled::new(source, None)?)))
             .collect::<Result<_, TextError>>()?;
-        Ok(Some(Self::assemble(
-            templates,
-            special_tokens(tokenizer_config),
-        )))
+        Ok(Some(Self::assemble(templates, special_tokens(tokenizer_config))))
     }
 
     /// A single template. `special_tokens` are variables such as `bos_token`.
@@ -96,12 +93,7 @@ impl ChatTemplate {
     }
 
     fn assemble(templates: Vec<(String, Compiled)>, special_tokens: Map<String, Value>) -> Self {
-        Self {
-            templates,
-            special_tokens,
-            clock: None,
-            request_templates: true,
-        }
+        Self { templates, special_tokens, clock: None, request_templates: true }
     }
 
     /// Fixes the time that `strftime_now` sees, so that a prompt does not change from day to day.
@@ -150,26 +142,16 @@ impl ChatTemplate {
             None => None,
         };
         let mut context: Vec<(&str, Var)> = Vec::new();
-        context.extend(
-            self.special_tokens
-                .iter()
-                .map(|(k, v)| (k.as_str(), to_value(v))),
-        );
+        context.extend(self.special_tokens.iter().map(|(k, v)| (k.as_str(), to_value(v))));
         context.extend(resolved.variables.iter().map(|(k, v)| (*k, to_value(v))));
         let optional = |v: Option<&Value>| v.map_or_else(|| Var::from(()), to_value);
         context.push((
             "messages",
-            messages
-                .into_iter()
-                .map(|m| to_value(&Value::Object(m)))
-                .collect(),
+            messages.into_iter().map(|m| to_value(&Value::Object(m))).collect(),
         ));
         context.push(("tools", optional(resolved.tools)));
         context.push(("documents", optional(resolved.documents)));
-        context.push((
-            "add_generation_prompt",
-            Var::from(resolved.add_generation_prompt),
-        ));
+        context.push(("add_generation_prompt", Var::from(resolved.add_generation_prompt)));
         let text = template.render(Var::from_pairs(context))?;
         match final_text {
             Some(final_text) => cut_after_tag(text, &final_text),
@@ -178,19 +160,10 @@ impl ChatTemplate {
     }
 
     fn pick<'a>(&'a self, resolved: &Resolved<'a>) -> Result<Picked<'a>, TextError> {
-        let by_name = |name: &str| {
-            self.templates
-                .iter()
-                .find(|(n, _)| n == name)
-                .map(|(_, t)| t)
-        };
+        let by_name = |name: &str| self.templates.iter().find(|(n, _)| n == name).map(|(_, t)| t);
         if let Some(source) = resolved.source {
             // Only a list of templates has names a request can use.
-            let named = if self.templates.len() > 1 {
-                by_name(source)
-            } else {
-                None
-            };
+            let named = if self.templates.len() > 1 { by_name(source) } else { None };
             return match named {
                 Some(template) => Ok(Picked::Ours(template)),
                 None if self.request_templates => Ok(Picked::Given(source)),
@@ -202,13 +175,12 @@ impl ChatTemplate {
             };
         }
         let tool_use = resolved.tools.and_then(|_| by_name("tool_use"));
-        tool_use
-            .or_else(|| by_name("default"))
-            .map(Picked::Ours)
-            .ok_or_else(|| TextError::NoTemplate {
+        tool_use.or_else(|| by_name("default")).map(Picked::Ours).ok_or_else(|| {
+            TextError::NoTemplate {
                 name: "default".to_owned(),
                 known: self.templates.iter().map(|(n, _)| n.clone()).collect(),
-            })
+            }
+        })
     }
 }
 
@@ -218,20 +190,13 @@ enum Picked<'a> {
 }
 
 fn config_error(reason: &str) -> TextError {
-    TextError::Config {
-        field: "chat_template".to_owned(),
-        reason: reason.to_owned(),
-    }
+    TextError::Config { field: "chat_template".to_owned(), reason: reason.to_owned() }
 }
 
 /// Every `*_token` of the configuration (a string, or an object with `content`), and the named
 /// extras.
 fn special_tokens(config: &Value) -> Map<String, Value> {
-    let text = |v: &Value| {
-        v.as_str()
-            .or_else(|| v.get("content")?.as_str())
-            .map(Value::from)
-    };
+    let text = |v: &Value| v.as_str().or_else(|| v.get("content")?.as_str()).map(Value::from);
     let mut tokens = Map::new();
     for (key, value) in config.as_object().into_iter().flatten() {
         if key == "extra_special_tokens" {
@@ -277,10 +242,7 @@ fn resolve<'a>(req: &TemplateRequest<'a>) -> Result<Resolved<'a>, TextError> {
             }
             ("continue_final_message", Value::String(field)) => r.continue_field = Some(field),
             ("continue_final_message", _) => {
-                return Err(invalid(
-                    name,
-                    "must be true, false or the name of a message field",
-                ));
+                return Err(invalid(name, "must be true, false or the name of a message field"));
             }
             (name, value) => r.variables.push((name, value)),
         }
@@ -296,9 +258,7 @@ fn resolve<'a>(req: &TemplateRequest<'a>) -> Result<Resolved<'a>, TextError> {
 fn plain_messages(messages: &[Value]) -> Result<Vec<Map<String, Value>>, TextError> {
     let invalid = |reason: String| TextError::InvalidMessages { reason };
     if messages.is_empty() {
-        return Err(invalid(
-            "the list is empty; send at least one message".to_owned(),
-        ));
+        return Err(invalid("the list is empty; send at least one message".to_owned()));
     }
     let mut plain = Vec::with_capacity(messages.len());
     for (index, message) in messages.iter().enumerate() {
@@ -330,10 +290,7 @@ fn tag_final_message(
     let original = last.get(field).ok_or_else(missing)?.clone();
     // Reasoning stands under several names: whichever the template reads must carry the tag.
     let fields: Vec<&str> = if REASONING_FIELDS.contains(&field) {
-        REASONING_FIELDS
-            .into_iter()
-            .filter(|f| last.get(*f) == Some(&original))
-            .collect()
+        REASONING_FIELDS.into_iter().filter(|f| last.get(*f) == Some(&original)).collect()
     } else {
         vec![field]
     };
@@ -348,10 +305,7 @@ fn tag_final_message(
             Ok(text.clone())
         }
         Value::Array(_) => {
-            let parts = last
-                .get_mut(field)
-                .and_then(Value::as_array_mut)
-                .ok_or_else(missing)?;
+            let parts = last.get_mut(field).and_then(Value::as_array_mut).ok_or_else(missing)?;
             let part = parts.iter_mut().rev().find_map(|p| p.get_mut("text"));
             let no_text = || fail("the final message has no text part to continue".to_owned());
             let part = part.ok_or_else(no_text)?;
@@ -366,15 +320,11 @@ fn tag_final_message(
 /// Cuts the rendered text where the final message's text ends.
 fn cut_after_tag(mut text: String, final_text: &str) -> Result<String, TextError> {
     let tag = CONTINUE_TAG.trim_end();
-    let at = text
-        .rfind(tag)
-        .filter(|_| text.contains(final_text.trim_matches(is_space)));
+    let at = text.rfind(tag).filter(|_| text.contains(final_text.trim_matches(is_space)));
     let Some(at) = at else {
         let reason = "the final message does not appear in the rendered prompt as it was sent \
                       (the chat template changes or drops it)";
-        return Err(TextError::ContinueFinal {
-            reason: reason.to_owned(),
-        });
+        return Err(TextError::ContinueFinal { reason: reason.to_owned() });
     };
     let trimmed = !text[at..].starts_with(CONTINUE_TAG);
     text.truncate(at);

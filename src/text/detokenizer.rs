@@ -66,10 +66,7 @@ impl Detokenizer {
             }
             style => {
                 self.window.push(id);
-                let byte_run = style
-                    == PieceStyle::Spaces {
-                        byte_fallback: true,
-                    }
+                let byte_run = style == PieceStyle::Spaces { byte_fallback: true }
                     && byte_fallback_byte(&piece).is_some();
                 if byte_run {
                     return String::new();
@@ -93,11 +90,8 @@ impl Detokenizer {
     /// next.
     fn release(&mut self, hold_replacements: bool) -> String {
         let text = self.decode(&self.window);
-        let end = if hold_replacements {
-            text.trim_end_matches(REPLACEMENT).len()
-        } else {
-            text.len()
-        };
+        let end =
+            if hold_replacements { text.trim_end_matches(REPLACEMENT).len() } else { text.len() };
         let new = text.get(self.released..end).unwrap_or_default().to_owned();
         self.released = self.released.max(end);
         if end == text.len() {
@@ -114,15 +108,11 @@ impl Detokenizer {
     /// A decoder that fails (a regular expression that overruns its limits) must not end a
     /// completion: the pieces' own bytes are shown instead.
     fn decode(&self, ids: &[u32]) -> String {
-        self.tokenizer
-            .decode(ids, self.skip_special_tokens)
-            .unwrap_or_else(|_| {
-                let bytes: Vec<u8> = ids
-                    .iter()
-                    .flat_map(|id| self.tokenizer.token_bytes(*id))
-                    .collect();
-                String::from_utf8_lossy(&bytes).into_owned()
-            })
+        self.tokenizer.decode(ids, self.skip_special_tokens).unwrap_or_else(|_| {
+            let bytes: Vec<u8> =
+                ids.iter().flat_map(|id| self.tokenizer.token_bytes(*id)).collect();
+            String::from_utf8_lossy(&bytes).into_owned()
+        })
     }
 }
 

@@ -46,10 +46,7 @@ impl Compiled {
     /// Parses `source`. `clock` replaces the local time for `strftime_now`.
     pub(super) fn new(source: &str, clock: Option<NaiveDateTime>) -> Result<Self, TextError> {
         let mut env = Environment::new();
-        let syntax = SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         env.set_syntax(syntax.map_err(|e| syntax_error(&e))?);
         env.set_auto_escape_callback(|_| AutoEscape::None);
         env.set_undefined_behavior(UndefinedBehavior::Lenient);
@@ -71,49 +68,33 @@ impl Compiled {
         });
         env.add_test("sequence", is_sequence);
         env.add_test("iterable", is_sequence);
-        env.add_function(
-            "raise_exception",
-            |message: Value| -> Result<Value, Error> {
-                let raised = Raised(message.to_string());
-                Err(Error::new(ErrorKind::InvalidOperation, "raise_exception").with_source(raised))
-            },
-        );
+        env.add_function("raise_exception", |message: Value| -> Result<Value, Error> {
+            let raised = Raised(message.to_string());
+            Err(Error::new(ErrorKind::InvalidOperation, "raise_exception").with_source(raised))
+        });
         env.add_function("strftime_now", move |format: &str| {
             strftime(clock.unwrap_or_else(|| Local::now().naive_local()), format)
         });
         env.add_template_owned(NAME, transparent_generation(source))
             .map_err(|e| syntax_error(&e))?;
-        Ok(Self {
-            environment: env,
-            source: source.to_owned(),
-        })
+        Ok(Self { environment: env, source: source.to_owned() })
     }
 
     /// Renders with the given variables.
     pub(super) fn render(&self, context: Value) -> Result<String, TextError> {
-        let template = self
-            .environment
-            .get_template(NAME)
-            .map_err(|e| syntax_error(&e))?;
-        let mut out = Bounded {
-            bytes: Vec::new(),
-            full: false,
-        };
+        let template = self.environment.get_template(NAME).map_err(|e| syntax_error(&e))?;
+        let mut out = Bounded { bytes: Vec::new(), full: false };
         // The engine's slices with a negative step index out of bounds on an empty list. A template
         // can come with a request, so that is an error of the request and must not end the thread.
         let result = catch_unwind(AssertUnwindSafe(|| {
             template.render_captured_to(context, &mut out).map(|_| ())
         }));
         if out.full {
-            return Err(TextError::TemplateTooLarge {
-                limit: MAX_RENDERED_PROMPT_BYTES,
-            });
+            return Err(TextError::TemplateTooLarge { limit: MAX_RENDERED_PROMPT_BYTES });
         }
         match result {
-            Ok(Ok(())) => String::from_utf8(out.bytes).map_err(|e| TextError::TemplateRender {
-                line: None,
-                reason: e.to_string(),
-            }),
+            Ok(Ok(())) => String::from_utf8(out.bytes)
+                .map_err(|e| TextError::TemplateRender { line: None, reason: e.to_string() }),
             Ok(Err(e)) => Err(render_error(&e)),
             Err(_) => Err(TextError::TemplateRender {
                 line: None,
@@ -154,38 +135,26 @@ fn reason(e: &Error) -> String {
 }
 
 fn syntax_error(e: &Error) -> TextError {
-    TextError::TemplateSyntax {
-        line: e.line(),
-        reason: reason(e),
-    }
+    TextError::TemplateSyntax { line: e.line(), reason: reason(e) }
 }
 
 fn render_error(e: &Error) -> TextError {
     if e.kind() == ErrorKind::OutOfFuel {
-        return TextError::TemplateFuel {
-            limit: CHAT_TEMPLATE_FUEL,
-        };
+        return TextError::TemplateFuel { limit: CHAT_TEMPLATE_FUEL };
     }
     let mut source = std::error::Error::source(e);
     while let Some(cause) = source {
         if let Some(Raised(message)) = cause.downcast_ref() {
-            return TextError::TemplateRaised {
-                message: message.clone(),
-            };
+            return TextError::TemplateRaised { message: message.clone() };
         }
         if let Some(inner) = cause.downcast_ref::<Error>()
             && inner.kind() == ErrorKind::OutOfFuel
         {
-            return TextError::TemplateFuel {
-                limit: CHAT_TEMPLATE_FUEL,
-            };
+            return TextError::TemplateFuel { limit: CHAT_TEMPLATE_FUEL };
         }
         source = cause.source();
     }
-    TextError::TemplateRender {
-        line: e.line(),
-        reason: reason(e),
-    }
+    TextError::TemplateRender { line: e.line(), reason: reason(e) }
 }
 
 /// A value of the template engine from JSON, keys in their order.
@@ -228,9 +197,7 @@ fn trim(value: &Value, chars: Option<&str>) -> String {
 
 /// `replace` with Jinja2's optional count.
 fn replace(value: &Value, old: &str, new: &str, count: Option<i64>) -> String {
-    let count = count
-        .and_then(|n| usize::try_from(n).ok())
-        .unwrap_or(usize::MAX);
+    let count = count.and_then(|n| usize::try_from(n).ok()).unwrap_or(usize::MAX);
     value.to_string().replacen(old, new, count)
 }
 
@@ -238,10 +205,7 @@ fn replace(value: &Value, old: &str, new: &str, count: Option<i64>) -> String {
 fn is_sequence(value: &Value) -> bool {
     let kind = value.kind();
     value.is_undefined()
-        || matches!(
-            kind,
-            ValueKind::String | ValueKind::Seq | ValueKind::Iterable | ValueKind::Map
-        )
+        || matches!(kind, ValueKind::String | ValueKind::Seq | ValueKind::Iterable | ValueKind::Map)
 }
 
 fn strftime(now: NaiveDateTime, format: &str) -> Result<String, Error> {
@@ -249,10 +213,8 @@ fn strftime(now: NaiveDateTime, format: &str) -> Result<String, Error> {
     let mut text = String::new();
     // Formatting fails, rather than panics, only when written with `write!`: the zone is unknown
     // here.
-    let written = fmt::Write::write_fmt(
-        &mut text,
-        format_args!("{}", now.format_with_items(items.iter())),
-    );
+    let written =
+        fmt::Write::write_fmt(&mut text, format_args!("{}", now.format_with_items(items.iter())));
     if written.is_err() || items.contains(&Item::Error) {
         let reason = format!("strftime_now: the format {format:?} is not understood");
         return Err(Error::new(ErrorKind::InvalidOperation, reason));
@@ -271,14 +233,9 @@ fn transparent_generation(source: &str) -> String {
         let inner = &tag[2..];
         let name_at = inner.len() - inner.trim_start_matches(['-', '+']).trim_start().len();
         let name = &inner[name_at..];
-        let word = name.len()
-            - name
-                .trim_start_matches(|c: char| c.is_alphanumeric() || c == '_')
-                .len();
-        let closes = name[word..]
-            .trim_start()
-            .trim_start_matches(['-', '+'])
-            .starts_with("%}");
+        let word =
+            name.len() - name.trim_start_matches(|c: char| c.is_alphanumeric() || c == '_').len();
+        let closes = name[word..].trim_start().trim_start_matches(['-', '+']).starts_with("%}");
         let replacement = match &name[..word] {
             "generation" if closes => "with",
             "endgeneration" if closes => "endwith",
@@ -307,10 +264,7 @@ mod tests {
         let expected = "a{%- with -%} b {%- endwith %} {% generational %}{% if x %}";
         assert_eq!(transparent_generation(source), expected);
         assert_eq!(transparent_generation("{%"), "{%");
-        assert_eq!(
-            render("{% generation %}\n{% set x = 1 %}x{% endgeneration %}").unwrap(),
-            "x"
-        );
+        assert_eq!(render("{% generation %}\n{% set x = 1 %}x{% endgeneration %}").unwrap(), "x");
     }
 
     #[test]
@@ -318,62 +272,33 @@ mod tests {
         let e = render(
             "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
         );
-        assert_eq!(
-            e,
-            Err(TextError::TemplateFuel {
-                limit: CHAT_TEMPLATE_FUEL
-            })
-        );
+        assert_eq!(e, Err(TextError::TemplateFuel { limit: CHAT_TEMPLATE_FUEL }));
         let in_macro = "{% macro m() %}{% for i in range(90000) %}{% for j in range(90000) %}\
                         {% endfor %}\
                         {% endfor %}{% endmacro %}{{ m() }}";
-        assert_eq!(
-            render(in_macro),
-            Err(TextError::TemplateFuel {
-                limit: CHAT_TEMPLATE_FUEL
-            })
-        );
+        assert_eq!(render(in_macro), Err(TextError::TemplateFuel { limit: CHAT_TEMPLATE_FUEL }));
     }
 
     #[test]
     fn too_much_output_is_refused() {
         let e = render("{% set x = 'a' * 90000000 %}{{ x }}");
-        assert_eq!(
-            e,
-            Err(TextError::TemplateTooLarge {
-                limit: MAX_RENDERED_PROMPT_BYTES
-            })
-        );
+        assert_eq!(e, Err(TextError::TemplateTooLarge { limit: MAX_RENDERED_PROMPT_BYTES }));
     }
 
     #[test]
     fn an_engine_panic_is_an_error() {
         // If this begins to render, the engine was fixed and `catch_unwind` can go.
-        assert!(matches!(
-            render("{{ [][::-1] }}"),
-            Err(TextError::TemplateRender { .. })
-        ));
+        assert!(matches!(render("{{ [][::-1] }}"), Err(TextError::TemplateRender { .. })));
     }
 
     #[test]
     fn errors_say_what_and_where() {
         let e = render("a\n{{ raise_exception('no ' ~ 'way') }}").unwrap_err();
-        assert_eq!(
-            e,
-            TextError::TemplateRaised {
-                message: "no way".into()
-            }
-        );
+        assert_eq!(e, TextError::TemplateRaised { message: "no way".into() });
         let e = render("a\n\n{{ x.y }}").unwrap_err();
-        assert!(
-            matches!(e, TextError::TemplateRender { line: Some(3), .. }),
-            "{e}"
-        );
+        assert!(matches!(e, TextError::TemplateRender { line: Some(3), .. }), "{e}");
         let e = render("a\n{% if %}").unwrap_err();
-        assert!(
-            matches!(e, TextError::TemplateSyntax { line: Some(2), .. }),
-            "{e}"
-        );
+        assert!(matches!(e, TextError::TemplateSyntax { line: Some(2), .. }), "{e}");
         let e = render("{{ strftime_now('%Q') }}").unwrap_err();
         assert!(matches!(e, TextError::TemplateRender { .. }), "{e}");
         let e = render("{{ strftime_now('%z') }}").unwrap_err();

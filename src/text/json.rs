@@ -30,10 +30,7 @@ pub(super) fn tojson(
     let indent = indent_of(&pick(indent, "indent")?)?;
     let separators = pick(None, "separators")?;
     let (item, key) = if separators.is_none() {
-        (
-            if indent.is_some() { "," } else { ", " }.to_owned(),
-            ": ".to_owned(),
-        )
+        (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned())
     } else {
         let pair: Vec<Value> = separators.try_iter()?.collect();
         match pair.as_slice() {
@@ -68,9 +65,9 @@ fn indent_of(value: &Value) -> Result<Option<String>, Error> {
     // Python counts true as 1; a negative width is none. More than 64 is no layout anybody reads.
     let width = match value.kind() {
         ValueKind::Bool => i64::from(value.is_true()),
-        _ => value
-            .as_i64()
-            .ok_or_else(|| invalid("tojson: indent must be a number or a string"))?,
+        _ => {
+            value.as_i64().ok_or_else(|| invalid("tojson: indent must be a number or a string"))?
+        }
     };
     let width = usize::try_from(width).unwrap_or(0);
     if width > 64 {
@@ -112,9 +109,7 @@ fn write_value(out: &mut String, value: &Value, style: &Style, depth: usize) -> 
             })?;
         }
         kind => {
-            return Err(invalid(format!(
-                "tojson: a value of type {kind} has no JSON form"
-            )));
+            return Err(invalid(format!("tojson: a value of type {kind} has no JSON form")));
         }
     }
     Ok(())
@@ -157,9 +152,7 @@ fn key_text(key: &Value) -> Result<String, Error> {
         ValueKind::Number if key.is_integer() => key.to_string(),
         ValueKind::Number => float(f64::try_from(key.clone())?),
         kind => {
-            return Err(invalid(format!(
-                "tojson: a key of type {kind} has no JSON form"
-            )));
+            return Err(invalid(format!("tojson: a key of type {kind} has no JSON form")));
         }
     })
 }

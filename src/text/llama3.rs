@@ -37,9 +37,7 @@ pub fn llama3_cartridge_prompt(
     }
     if continue_final {
         if messages.is_empty() {
-            return Err(TextError::ContinueFinal {
-                reason: "there are no messages".to_owned(),
-            });
+            return Err(TextError::ContinueFinal { reason: "there are no messages".to_owned() });
         }
     } else if add_generation_prompt {
         header(&mut prompt, "assistant");
@@ -66,9 +64,7 @@ fn text_of(content: Option<&Value>) -> Result<String, &'static str> {
 }
 
 fn invalid(index: usize, what: &str) -> TextError {
-    TextError::InvalidMessages {
-        reason: format!("message {index} {what}"),
-    }
+    TextError::InvalidMessages { reason: format!("message {index} {what}") }
 }
 
 #[cfg(test)]
@@ -91,14 +87,8 @@ mod tests {
             llama3_cartridge_prompt(&messages, false, false).unwrap(),
             format!("{body}<|eot_id|>")
         );
-        assert_eq!(
-            llama3_cartridge_prompt(&messages, true, true).unwrap(),
-            body
-        );
-        assert_eq!(
-            llama3_cartridge_prompt(&[], true, false).unwrap(),
-            assistant
-        );
+        assert_eq!(llama3_cartridge_prompt(&messages, true, true).unwrap(), body);
+        assert_eq!(llama3_cartridge_prompt(&[], true, false).unwrap(), assistant);
     }
 
     #[test]
@@ -107,10 +97,7 @@ mod tests {
         for (message, says) in [
             (json!({"content": "x"}), "message 0 has no `role`"),
             (json!({"role": "user"}), "no text `content`"),
-            (
-                json!({"role": "user", "content": null}),
-                "no text `content`",
-            ),
+            (json!({"role": "user", "content": null}), "no text `content`"),
             (image, "not text"),
         ] {
             let e = llama3_cartridge_prompt(&[message], true, false).unwrap_err();

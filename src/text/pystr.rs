@@ -37,19 +37,11 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
     Ok(Some(match method {
         "strip" | "lstrip" | "rstrip" => {
             let (chars,): (Option<Value>,) = from_args(args)?;
-            Value::from(strip(
-                text,
-                chars.as_ref(),
-                method != "rstrip",
-                method != "lstrip",
-            )?)
+            Value::from(strip(text, chars.as_ref(), method != "rstrip", method != "lstrip")?)
         }
         "split" | "rsplit" => {
             let (sep, max, kwargs): (Option<Value>, Option<i64>, Kwargs) = from_args(args)?;
-            let sep = kwargs
-                .get::<Option<Value>>("sep")?
-                .or(sep)
-                .filter(|s| !s.is_none());
+            let sep = kwargs.get::<Option<Value>>("sep")?.or(sep).filter(|s| !s.is_none());
             let max = kwargs.get::<Option<i64>>("maxsplit")?.or(max).unwrap_or(-1);
             kwargs.assert_all_used()?;
             let max = usize::try_from(max).unwrap_or(usize::MAX);
@@ -71,11 +63,7 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
         "partition" | "rpartition" => {
             let (sep,): (&str,) = from_args(args)?;
             let first = method == "partition";
-            let found = if first {
-                text.split_once(sep)
-            } else {
-                text.rsplit_once(sep)
-            };
+            let found = if first { text.split_once(sep) } else { text.rsplit_once(sep) };
             let parts = match found {
                 _ if sep.is_empty() => return Err(invalid("partition: empty separator")),
                 Some((before, after)) => [before, sep, after],
@@ -94,21 +82,13 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
         }
         "index" => {
             let (what,): (&str,) = from_args(args)?;
-            let at = text
-                .find(what)
-                .ok_or_else(|| invalid("index: substring not found"))?;
+            let at = text.find(what).ok_or_else(|| invalid("index: substring not found"))?;
             Value::from(text[..at].chars().count())
         }
         "splitlines" => {
             let (keep, kwargs): (Option<bool>, Kwargs) = from_args(args)?;
-            let keep = kwargs
-                .get::<Option<bool>>("keepends")?
-                .or(keep)
-                .unwrap_or(false);
-            split_lines(text, keep)
-                .into_iter()
-                .map(Value::from)
-                .collect()
+            let keep = kwargs.get::<Option<bool>>("keepends")?.or(keep).unwrap_or(false);
+            split_lines(text, keep).into_iter().map(Value::from).collect()
         }
         _ => return Ok(None),
     }))
@@ -138,26 +118,13 @@ fn strip<'a>(
     let set: Option<Vec<char>> = match chars.filter(|c| !c.is_none()) {
         None => None,
         Some(chars) => {
-            let chars = chars
-                .as_str()
-                .ok_or_else(|| invalid("strip: not a string of chars"))?;
+            let chars = chars.as_str().ok_or_else(|| invalid("strip: not a string of chars"))?;
             Some(chars.chars().collect())
         }
     };
-    let drop = |c: char| {
-        set.as_ref()
-            .map_or_else(|| is_space(c), |set| set.contains(&c))
-    };
-    let text = if start {
-        text.trim_start_matches(drop)
-    } else {
-        text
-    };
-    Ok(if end {
-        text.trim_end_matches(drop)
-    } else {
-        text
-    })
+    let drop = |c: char| set.as_ref().map_or_else(|| is_space(c), |set| set.contains(&c));
+    let text = if start { text.trim_start_matches(drop) } else { text };
+    Ok(if end { text.trim_end_matches(drop) } else { text })
 }
 
 /// `str.split()` / `str.rsplit()` without separator: runs of white space, none at the ends.
@@ -203,11 +170,7 @@ fn split_lines(text: &str, keep: bool) -> Vec<&str> {
     let mut lines = Vec::new();
     let mut rest = text;
     while let Some((at, c)) = rest.char_indices().find(|(_, c)| is_end(*c)) {
-        let end = if rest[at..].starts_with("\r\n") {
-            at + 2
-        } else {
-            at + c.len_utf8()
-        };
+        let end = if rest[at..].starts_with("\r\n") { at + 2 } else { at + c.len_utf8() };
         lines.push(&rest[..if keep { end } else { at }]);
         rest = &rest[end..];
     }
@@ -223,10 +186,7 @@ mod tests {
 
     #[test]
     fn splitting_on_white_space() {
-        assert_eq!(
-            split_space("  a b\t\nc ", usize::MAX, false),
-            ["a", "b", "c"]
-        );
+        assert_eq!(split_space("  a b\t\nc ", usize::MAX, false), ["a", "b", "c"]);
         assert_eq!(split_space("  a b  c ", 1, false), ["a", "b  c"]);
         assert_eq!(split_space("  a b  c ", 1, true), ["a b", "c"]);
         assert_eq!(split_space(" a ", 0, false), ["a"]);

@@ -47,11 +47,7 @@ impl Automaton {
             border += usize::from(pattern[i] == pattern[border]);
             fallback[i] = border;
         }
-        Self {
-            pattern,
-            fallback,
-            matched: 0,
-        }
+        Self { pattern, fallback, matched: 0 }
     }
 
     /// Reads one byte; true when the pattern is complete. An empty pattern never is.
@@ -72,11 +68,7 @@ impl StopMatcher {
     /// matches.
     pub fn new(stops: Vec<String>) -> Self {
         let stops = stops.into_iter().map(Automaton::new).collect();
-        Self {
-            stops,
-            held: String::new(),
-            done: false,
-        }
+        Self { stops, held: String::new(), done: false }
     }
 
     /// Reads the next chunk. After a match, later chunks are ignored and yield nothing.
@@ -93,18 +85,12 @@ impl StopMatcher {
                 // A pattern is whole UTF-8, so its first byte begins a char: this cut is on a
                 // boundary.
                 emit.truncate(start + offset + 1 - length);
-                return StopPush {
-                    emit,
-                    matched: Some(index),
-                };
+                return StopPush { emit, matched: Some(index) };
             }
         }
         let keep = self.stops.iter().map(|s| s.matched).max().unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - keep);
-        StopPush {
-            emit: std::mem::replace(&mut self.held, rest),
-            matched: None,
-        }
+        StopPush { emit: std::mem::replace(&mut self.held, rest), matched: None }
     }
 
     /// The text still withheld, when the stream ends without a match.
@@ -153,9 +139,7 @@ mod tests {
     /// The definition, on the whole text: smallest end, then smallest start.
     fn search(stops: &[&str], text: &str) -> (String, Option<usize>) {
         let found = stops.iter().enumerate().filter(|(_, s)| !s.is_empty());
-        let best = found
-            .filter_map(|(i, s)| text.find(s).map(|at| (at + s.len(), at, i)))
-            .min();
+        let best = found.filter_map(|(i, s)| text.find(s).map(|at| (at + s.len(), at, i))).min();
         match best {
             Some((_, at, i)) => (text[..at].to_owned(), Some(i)),
             None => (text.to_owned(), None),
@@ -193,10 +177,7 @@ mod tests {
     #[test]
     fn self_overlapping_and_multibyte_stops() {
         assert_eq!(run(&["aab"], &["aa", "aa", "b!"]), ("aa".into(), Some(0)));
-        assert_eq!(
-            run(&["é\n"], &["caf", "è é", "\n"]),
-            ("cafè ".into(), Some(0))
-        );
+        assert_eq!(run(&["é\n"], &["caf", "è é", "\n"]), ("cafè ".into(), Some(0)));
         // The bytes of € begin like those of ‚: nothing is cut inside a char.
         assert_eq!(run(&["‚"], &["a€"]), ("a€".into(), None));
     }
@@ -204,13 +185,7 @@ mod tests {
     #[test]
     fn nothing_comes_after_a_match_and_no_stops_hold_nothing() {
         let mut m = matcher(&["."]);
-        assert_eq!(
-            m.push("a.b"),
-            StopPush {
-                emit: "a".into(),
-                matched: Some(0)
-            }
-        );
+        assert_eq!(m.push("a.b"), StopPush { emit: "a".into(), matched: Some(0) });
         assert_eq!(m.push("c."), StopPush::default());
         assert_eq!(m.finish(), "");
         assert_eq!(matcher(&[]).push("abc").emit, "abc");

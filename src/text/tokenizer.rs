@@ -30,20 +30,12 @@ impl PieceStyle {
         }
         let has = |f: fn(&DecoderWrapper) -> bool| chain.iter().any(|d| f(d));
         if has(|d| matches!(d, DecoderWrapper::ByteLevel(_))) {
-            return if chain.len() == 1 {
-                Self::ByteLevel
-            } else {
-                Self::ByteLevelInChain
-            };
+            return if chain.len() == 1 { Self::ByteLevel } else { Self::ByteLevelInChain };
         }
         let byte_fallback = has(|d| matches!(d, DecoderWrapper::ByteFallback(_)));
         let spaces =
             has(|d| matches!(d, DecoderWrapper::Metaspace(_) | DecoderWrapper::Replace(_)));
-        if byte_fallback || spaces {
-            Self::Spaces { byte_fallback }
-        } else {
-            Self::Plain
-        }
+        if byte_fallback || spaces { Self::Spaces { byte_fallback } } else { Self::Plain }
     }
 }
 
@@ -67,9 +59,8 @@ impl Tokenizer {
     /// # Errors
     /// [`TextError::Tokenizer`] when it is not JSON of that format.
     pub fn from_bytes(json: &[u8]) -> Result<Self, TextError> {
-        let inner = tokenizers::Tokenizer::from_bytes(json).map_err(|e| TextError::Tokenizer {
-            reason: e.to_string(),
-        })?;
+        let inner = tokenizers::Tokenizer::from_bytes(json)
+            .map_err(|e| TextError::Tokenizer { reason: e.to_string() })?;
         Ok(Self::from_inner(inner))
     }
 
@@ -82,10 +73,7 @@ impl Tokenizer {
         let _ = inner.with_truncation(None);
         inner.with_padding(None);
         let style = PieceStyle::of(inner.get_decoder());
-        Self {
-            inner: Arc::new(inner),
-            style,
-        }
+        Self { inner: Arc::new(inner), style }
     }
 
     /// Token ids of `text`. Special tokens written out in the text become their ids; with
@@ -97,9 +85,7 @@ impl Tokenizer {
         self.inner
             .encode_fast(text, add_special_tokens)
             .map(|e| e.get_ids().to_vec())
-            .map_err(|e| TextError::Encode {
-                reason: e.to_string(),
-            })
+            .map_err(|e| TextError::Encode { reason: e.to_string() })
     }
 
     /// Text of `ids`. Ids outside the vocabulary are left out, as are special tokens when
@@ -110,9 +96,7 @@ impl Tokenizer {
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, TextError> {
         self.inner
             .decode(ids, skip_special_tokens)
-            .map_err(|e| TextError::Decode {
-                reason: e.to_string(),
-            })
+            .map_err(|e| TextError::Decode { reason: e.to_string() })
     }
 
     /// The raw vocabulary piece (`Ġthe`, `▁the`, `<|eot_id|>`), or `<UNK_{id}>` when there is none
@@ -120,10 +104,7 @@ impl Tokenizer {
     pub fn token_string(&self, id: u32) -> String {
         match self.added(id) {
             Some(content) => content.to_owned(),
-            None => self
-                .inner
-                .id_to_token(id)
-                .unwrap_or_else(|| format!("<UNK_{id}>")),
+            None => self.inner.id_to_token(id).unwrap_or_else(|| format!("<UNK_{id}>")),
         }
     }
 
@@ -150,9 +131,7 @@ impl Tokenizer {
     /// Whether `id` is a special (control) token: one that `skip_special_tokens` leaves out.
     pub fn is_special(&self, id: u32) -> bool {
         let vocabulary = self.inner.get_added_vocabulary();
-        self.inner
-            .id_to_token(id)
-            .is_some_and(|piece| vocabulary.is_special_token(&piece))
+        self.inner.id_to_token(id).is_some_and(|piece| vocabulary.is_special_token(&piece))
     }
 
     /// The id of a vocabulary piece or added token, by its exact text.
@@ -203,11 +182,7 @@ fn byte_of_char(c: char) -> Option<u8> {
 /// The byte of a `<0xNN>` piece.
 pub(super) fn byte_fallback_byte(piece: &str) -> Option<u8> {
     let hex = piece.strip_prefix("<0x")?.strip_suffix('>')?;
-    if hex.len() == 2 {
-        u8::from_str_radix(hex, 16).ok()
-    } else {
-        None
-    }
+    if hex.len() == 2 { u8::from_str_radix(hex, 16).ok() } else { None }
 }
 
 #[cfg(test)]
@@ -217,10 +192,8 @@ mod tests {
 
     #[test]
     fn the_byte_alphabet_is_a_bijection() {
-        let bytes: Vec<u8> = (0..0x200)
-            .filter_map(char::from_u32)
-            .filter_map(byte_of_char)
-            .collect();
+        let bytes: Vec<u8> =
+            (0..0x200).filter_map(char::from_u32).filter_map(byte_of_char).collect();
         assert_eq!(bytes.len(), 256);
         assert_eq!(bytes.iter().collect::<HashSet<_>>().len(), 256);
         assert_eq!(byte_level_bytes("Ġthe"), b" the");
@@ -235,11 +208,7 @@ mod tests {
         assert_eq!(byte_fallback_byte("<0x0A>"), Some(b'\n'));
         assert_eq!(byte_fallback_byte("<0xff>"), Some(0xFF));
         assert_eq!(byte_fallback_byte("<0xfff>"), None);
-        assert_eq!(
-            byte_fallback_byte("<0x+1>"),
-            Some(1),
-            "as the library's decoder reads it"
-        );
+        assert_eq!(byte_fallback_byte("<0x+1>"), Some(1), "as the library's decoder reads it");
         assert_eq!(byte_fallback_byte("0x0A"), None);
     }
 

@@ -16,22 +16,14 @@ use cartouche::cartridge::{
 };
 use tokio::sync::Semaphore;
 
-pub const SHAPE: KvShape = KvShape {
-    layers: 2,
-    kv_heads: 2,
-    head_dim: 4,
-};
+pub const SHAPE: KvShape = KvShape { layers: 2, kv_heads: 2, head_dim: 4 };
 /// Bytes of one cartridge of four tokens as f32.
 pub const BYTES: u64 = 2 * 2 * 2 * 4 * 4 * 4;
 
 pub fn cartridge(seed: f32) -> Cartridge {
     let layer = |offset: f32| {
         let tensor = |add: f32| Tensor::full(seed + offset + add, (2, 4, 4), &Device::Cpu).unwrap();
-        LayerKv {
-            keys: tensor(0.25),
-            values: tensor(0.5),
-            bias: None,
-        }
+        LayerKv { keys: tensor(0.25), values: tensor(0.5), bias: None }
     };
     Cartridge::new(vec![layer(0.), layer(1.)], 1, Provenance::default()).unwrap()
 }
@@ -50,20 +42,15 @@ pub struct Fake {
 impl Fake {
     pub fn put(&self, id: &str, content: Result<Cartridge, CartridgeError>) {
         let mut files = self.files.lock().unwrap();
-        let stamp = Stamp {
-            len: files.get(id).map_or(0, |file| file.1.len) + 1,
-            ..Stamp::default()
-        };
+        let stamp =
+            Stamp { len: files.get(id).map_or(0, |file| file.1.len) + 1, ..Stamp::default() };
         files.insert(id.to_owned(), (content, stamp));
     }
 
     #[allow(dead_code, reason = "each test binary uses its share of this module")]
     pub fn close(&self, id: &str) -> Arc<Semaphore> {
         let gate = Arc::new(Semaphore::new(0));
-        self.gates
-            .lock()
-            .unwrap()
-            .insert(id.to_owned(), Arc::clone(&gate));
+        self.gates.lock().unwrap().insert(id.to_owned(), Arc::clone(&gate));
         gate
     }
 
@@ -81,10 +68,7 @@ impl FileSource for Fake {
         let file = self.files.lock().unwrap()[id].clone();
         self.reads.fetch_add(1, Ordering::SeqCst);
         let gate = self.gates.lock().unwrap().get(id).cloned();
-        while gate
-            .as_ref()
-            .is_some_and(|gate| gate.try_acquire().is_err())
-        {
+        while gate.as_ref().is_some_and(|gate| gate.try_acquire().is_err()) {
             std::thread::sleep(Duration::from_millis(1));
         }
         Ok((file.0?, file.1))
@@ -133,25 +117,13 @@ pub fn registry(cartridges: u64) -> (Arc<Registry>, Arc<Fake>) {
 }
 
 pub fn local(id: &str) -> CartridgeRef {
-    CartridgeRef {
-        id: id.into(),
-        source: Source::Local,
-        force_redownload: false,
-    }
+    CartridgeRef { id: id.into(), source: Source::Local, force_redownload: false }
 }
 
 pub fn forced(id: &str) -> CartridgeRef {
-    CartridgeRef {
-        force_redownload: true,
-        ..local(id)
-    }
+    CartridgeRef { force_redownload: true, ..local(id) }
 }
 
 pub fn resident(registry: &Registry) -> Vec<String> {
-    registry
-        .list()
-        .into_iter()
-        .filter(|info| info.resident)
-        .map(|info| info.id)
-        .collect()
+    registry.list().into_iter().filter(|info| info.resident).map(|info| info.id).collect()
 }
