@@ -23,6 +23,8 @@ DOCUMENTS = [   # folder, title, what it is about, seed
     ("expedition", "Expedition journal", ("place", "person"), 910_002),
 ]
 
+OTHER_ATTRIBUTE = 0     # so many of the absent questions are about known subjects
+
 
 def write_json(path, value):
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -64,8 +66,8 @@ def write_document(folder, title, kinds, seed):
     listed = [{"question": q, "answer": a, "in_document": True}
               for q, a, _ in document.present(64)]
     seen = set()
-    while len(seen) < 24:       # 16 about strangers, 8 about other things of known subjects
-        q, a, _ = document.absent(wrong_attribute=0.0 if len(seen) < 16 else 1.0)
+    while len(seen) < 24:       # the last ones: other attributes of known subjects
+        q, a, _ = document.absent(wrong_attribute=float(len(seen) >= 24 - OTHER_ATTRIBUTE))
         if q not in seen:
             seen.add(q)
             listed.append({"question": q, "answer": a, "in_document": False})

@@ -5,6 +5,11 @@ fn writer(style: TokenStyle) -> TokenWriter {
     TokenWriter { tokenizer: Tokenizer::from_bytes(json).unwrap(), style }
 }
 
+/// Id of a vocabulary piece of the demo model.
+fn id(piece: &str) -> u32 {
+    writer(TokenStyle::Text).tokenizer.token_id(piece).unwrap()
+}
+
 fn token(id: u32, logprob: f32, top: &[(u32, f32)]) -> SampledToken {
     SampledToken { id, logprob, top: top.to_vec() }
 }
@@ -12,16 +17,17 @@ fn token(id: u32, logprob: f32, top: &[(u32, f32)]) -> SampledToken {
 #[test]
 fn chat_entries() {
     // " w", then the first byte of a two-byte char.
+    let (w, comma, byte) = (id("Ġw"), id(","), id("Ã"));
     let tokens =
-        [token(326, -0.25, &[(326, -0.25), (14, -2.0)]), token(130, f32::NEG_INFINITY, &[])];
+        [token(w, -0.25, &[(w, -0.25), (comma, -2.0)]), token(byte, f32::NEG_INFINITY, &[])];
     let wire = serde_json::to_value(writer(TokenStyle::Text).chat(&tokens)).unwrap();
     let expected = json!({
         "content": [
-            {"token": " w", "id": 326, "bytes": [32, 119], "logprob": -0.25, "top_logprobs": [
-                {"token": " w", "id": 326, "bytes": [32, 119], "logprob": -0.25},
-                {"token": ",", "id": 14, "bytes": [44], "logprob": -2.0},
+            {"token": " w", "id": w, "bytes": [32, 119], "logprob": -0.25, "top_logprobs": [
+                {"token": " w", "id": w, "bytes": [32, 119], "logprob": -0.25},
+                {"token": ",", "id": comma, "bytes": [44], "logprob": -2.0},
             ]},
-            {"token": "bytes:\\xc3", "id": 130, "bytes": [195], "logprob": -9999.0,
+            {"token": "bytes:\\xc3", "id": byte, "bytes": [195], "logprob": -9999.0,
              "top_logprobs": []},
         ],
         "refusal": null,
@@ -31,39 +37,41 @@ fn chat_entries() {
 
 #[test]
 fn token_styles() {
-    let name = |style| writer(style).chat(&[token(326, 0.0, &[])]).content[0].token.clone();
+    let w = id("Ġw");
+    let name = |style| writer(style).chat(&[token(w, 0.0, &[])]).content[0].token.clone();
     assert_eq!(name(TokenStyle::Text), " w");
     assert_eq!(name(TokenStyle::Piece), "Ġw");
-    assert_eq!(name(TokenStyle::Id), "token_id:326");
+    assert_eq!(name(TokenStyle::Id), format!("token_id:{w}"));
 }
 
 #[test]
 fn text_lists() {
     let writer = writer(TokenStyle::Text);
+    let (w, comma, stop) = (id("Ġw"), id(","), id("."));
     let mut lists = TextLogprobs::default();
-    writer.push_text(&mut lists, 700, None, true, 0);
-    let outside_top = token(326, -3.0, &[(14, -0.5), (16, -1.0)]);
-    writer.push_text(&mut lists, 326, Some(&outside_top), true, 5);
+    writer.push_text(&mut lists, id("H"), None, true, 0);
+    let outside_top = token(w, -3.0, &[(comma, -0.5), (stop, -1.0)]);
+    writer.push_text(&mut lists, w, Some(&outside_top), true, 1);
     let expected = json!({
-        "tokens": ["Hello", " w"],
+        "tokens": ["H", " w"],
         "token_logprobs": [null, -3.0],
         "top_logprobs": [null, {",": -0.5, ".": -1.0, " w": -3.0}],
-        "text_offset": [0, 5],
+        "text_offset": [0, 1],
     });
     assert_eq!(serde_json::to_value(&lists).unwrap(), expected);
     let mut chosen_only = TextLogprobs::default();
-    writer.push_text(&mut chosen_only, 326, Some(&token(326, -3.0, &[])), false, 0);
+    writer.push_text(&mut chosen_only, w, Some(&token(w, -3.0, &[])), false, 0);
     assert_eq!(chosen_only.top_logprobs, None);
     assert_eq!(chosen_only.token_logprobs, [Some(-3.0)]);
 }
 
 #[test]
 fn prompt_logprobs_are_keyed_by_token_id() {
-    let positions = [None, Some(token(326, -3.0, &[(14, -0.5), (326, -3.0), (16, -4.0)]))];
-    let expected = json!([null, {
-        "326": {"logprob": -3.0, "rank": 2, "decoded_token": " w"},
-        "14": {"logprob": -0.5, "rank": 1, "decoded_token": ","},
-    }]);
+    let (w, comma, stop) = (id("Ġw"), id(","), id("."));
+    let positions = [None, Some(token(w, -3.0, &[(comma, -0.5), (w, -3.0), (stop, -4.0)]))];
+    let mut expected = json!([null, {}]);
+    expected[1][w.to_string()] = json!({"logprob": -3.0, "rank": 2, "decoded_token": " w"});
+    expected[1][comma.to_string()] = json!({"logprob": -0.5, "rank": 1, "decoded_token": ","});
     assert_eq!(writer(TokenStyle::Text).prompt(&positions, 2), expected);
 }
 
