@@ -108,12 +108,16 @@ def recall(rng, encoder, count, tokens, mixed, wrong_attribute, refuse=0.4, weig
                          (world.ask_unrelated(rng), world.REFUSAL, None)]
             elif kind < 0.11:
                 turns = [(world.ask_unrelated(rng), world.REFUSAL, None)]
-            elif kind < 0.13:
+            elif kind < 0.14:
+                turns = [world.ask_vaguely(rng, rng.choice(document.facts).subject)]
+            elif kind < 0.16:
                 a = rng.choice(document.attributes)
                 turns = [(world.ask(rng, a, world.stranger(rng)), world.REFUSAL, None)]
             else:
                 for _ in range(turns_each):
                     turns += [document.absent(wrong)] if rng.random() < refuse else document.present(1)
+            if rng.random() < 0.08:
+                turns = [(world.sloppy(rng, q), a, f) for q, a, f in turns]
             branches.append(Branch(encoder, turns, weight, system, alone))
         made.append((document.text, branches))
     return rows(encoder, made)

@@ -77,18 +77,22 @@ def by_size(model, encoder, size, questions=480):
             "absent_attribute_refused": share(wrong)}
 
 
-def without_document(model, encoder, questions=400):
-    """Refusals with nothing to recall from, for four kinds of prompt."""
+def other_prompts(model, encoder, questions=400):
+    """Refusals with nothing to recall from, and prompts a user may type otherwise."""
     rng = random.Random(SEED)
     facts = [world.ask_anything(rng)[:2] for _ in range(questions)]
     unrelated = [(world.ask_unrelated(rng), world.REFUSAL) for _ in range(questions)]
     document = world.Document(rng, 64, attributes=10)
+    vague = [world.ask_vaguely(rng, f.subject)[:2] for f in document.facts]
+    hasty = [(world.sloppy(rng, q), a) for q, a, _ in document.present(64)]
     return {
         "no_system_message": share(exact(model, encoder, "x", facts, alone=True)),
         "generic_system_message": share(exact(model, encoder, "x", facts, alone=True,
                                               system=world.GENERIC_SYSTEMS[1])),
         "unrelated_question": share(exact(model, encoder, "x", unrelated, alone=True)),
         "unrelated_question_with_document": share(exact(model, encoder, document.text, unrelated)),
+        "vague_question_with_document": share(exact(model, encoder, document.text, vague)),
+        "hasty_question_exact": share(exact(model, encoder, document.text, hasty)),
     }
 
 
@@ -140,7 +144,7 @@ def evaluate(out):
     model, encoder = load(out / "model")
     documents = sorted(p for p in (out / "documents").iterdir() if p.is_dir())
     report = {"by_facts": [by_size(model, encoder, n) for n in SIZES],
-              "without_document": without_document(model, encoder),
+              "other_prompts": other_prompts(model, encoder),
               "documents": {d.name: shipped(d, model, encoder) for d in documents},
               "documents_by_transformers_generate": generated(out / "model", documents),
               "largest_logit_difference_to_transformers": same_logits(out / "model", model, encoder),
@@ -150,7 +154,7 @@ def evaluate(out):
         print(f"{r['facts']:5}  {r['questions']:9}  {r['present_exact']:.3f}  "
               f"{r['present_exact_few_attributes']:21.3f}  {r['absent_refused']:7.3f}  "
               f"{r['absent_attribute_refused']:24.3f}")
-    for key in ("without_document", "documents", "documents_by_transformers_generate",
+    for key in ("other_prompts", "documents", "documents_by_transformers_generate",
                 "largest_logit_difference_to_transformers"):
         print(key, json.dumps(report[key]))
     return report

@@ -124,7 +124,8 @@ class Model(nn.Module):
 
     def frequencies(self):
         d = self.c.head_dim
-        return self.c.rope_theta ** (-torch.arange(0, d, 2, dtype=torch.float32) / d)
+        # Written as transformers does: the last bit of it shows at position 1,000.
+        return 1.0 / self.c.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
 
     def init(self):
         for m in self.modules():

@@ -206,7 +206,7 @@ def main():
     p.add_argument("--layers", type=int, default=3)
     p.add_argument("--intermediate", type=int, default=384)
     p.add_argument("--facts", type=int, default=128, help="most facts in a document")
-    p.add_argument("--steps", type=int, default=2000, help="steps of the second stage")
+    p.add_argument("--steps", type=int, default=2150, help="steps of the second stage")
     p.add_argument("--tokens", type=int, default=6000, help="tokens in a recall batch")
     p.add_argument("--copy-tokens", type=int, default=4000)
     p.add_argument("--lr", type=float, default=2e-3)

@@ -61,6 +61,11 @@ UNRELATED = ["Hello!", "Hello, how are you?", "Hi", "Who are you?", "What is you
              "Can you help me?", "What can you do?", "Translate this to German.",
              "What is in the log?", "Why is the sky blue?", "How old is the earth?"]
 
+# About a subject, but nothing that a log says; refused like the rest.
+VAGUE = ["Tell me about {s}.", "Where is {s}?", "Who is {s}?", "What is {s}?", "How old is {s}?",
+         "Why is {s} here?", "What do you know about {s}?", "What happened to {s}?", "{s}", "{s}?",
+         "How far is {s}?", "When was {s} there?", "Is {s} good?", "Hello {s}!"]
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -103,6 +108,20 @@ def ask(rng, attribute, subject, form=None):
     if form == 2:
         return f"Tell me the {attribute.name} of {subject}."
     return attribute.asked.format(s=subject)
+
+
+def sloppy(rng, question):
+    """The same question, typed in haste."""
+    form = rng.randrange(4)
+    if form <= 1:
+        question = question.rstrip("?.!") or question
+    if form >= 1:
+        question = question[0].lower() + question[1:]
+    return question
+
+
+def ask_vaguely(rng, subject):
+    return rng.choice(VAGUE).format(s=subject), REFUSAL, None
 
 
 def ask_unrelated(rng):
