@@ -70,7 +70,7 @@ def main() -> None:
             if len(shape) == 1:
                 values = np.ones(shape, np.float32)
             else:
-                values = rng.standard_normal(shape, np.float32) / np.sqrt(shape[1])
+                values = rng.standard_normal(shape, np.float32) / np.float32(shape[1] ** 0.5)
             # bf16 is the upper half of an f32.
             file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
     print(f"{args.out}: {offset / 2**20:.0f} MiB of weights")

@@ -23,8 +23,8 @@ pub const MAX_CARTRIDGE_ID_BYTES: usize = 512;
 pub const MAX_MESSAGES: usize = 4096;
 /// Prompts in one completions request (a list of strings or of token lists).
 pub const MAX_PROMPTS: usize = 256;
-/// Requests waiting for the engine; the next one is answered with 429 and `Retry-After`.
-pub const DEFAULT_MAX_QUEUED_REQUESTS: usize = 1024;
+/// Sequences (choices of requests) waiting for the engine; a request over it is answered with 429.
+pub const DEFAULT_MAX_QUEUED_SEQUENCES: usize = 1024;
 /// Sequences (choices) decoded in one step.
 pub const DEFAULT_MAX_RUNNING_SEQUENCES: usize = 64;
 /// Prompt tokens prefilled in one step, over all sequences.

@@ -114,7 +114,7 @@ async fn large_bodies_are_413() {
 
 #[tokio::test]
 async fn a_full_queue_is_429() {
-    let engine = EngineOptions { max_queued_requests: 0, ..EngineOptions::default() };
+    let engine = EngineOptions { max_queued_sequences: 0, ..EngineOptions::default() };
     let server = Server::new(ApiOptions::default(), engine);
     for stream in [false, true] {
         let reply = server.chat(json!({"stream": stream})).await;

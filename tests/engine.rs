@@ -2,19 +2,30 @@
 
 mod common;
 
+use candle_core::{Device, Tensor};
+use cartouche::cartridge::{Cartridge, LayerKv, Lease, Provenance};
 use cartouche::engine::{
-    EngineError, EngineHandle, EngineOptions, Event, FinishReason, GenerateRequest, LogprobOptions,
-    SampledToken, SamplingParams, TokenStream, start,
+    EngineError, EngineHandle, EngineOptions, EngineStats, Event, FinishReason, GenerateRequest,
+    LogprobOptions, SampledToken, SamplingParams, TokenStream, start,
 };
 use common::ModelFixture;
 
 /// Small steps and few sequences, so that prompts are cut and requests queue.
 fn engine(fixture: &ModelFixture, max_running: usize, prefill: usize) -> EngineHandle {
+    engine_with_kv(fixture, 1 << 20, max_running, prefill)
+}
+
+fn engine_with_kv(
+    fixture: &ModelFixture,
+    kv_bytes: u64,
+    max_running: usize,
+    prefill: usize,
+) -> EngineHandle {
     let options = EngineOptions {
-        kv_bytes: 1 << 20,
+        kv_bytes,
         max_running_sequences: max_running,
         prefill_tokens_per_step: prefill,
-        max_queued_requests: 64,
+        max_queued_sequences: 64,
     };
     start(fixture.decoder(), &options).unwrap().0
 }
@@ -184,14 +195,7 @@ fn dropping_a_stream_frees_its_blocks_and_others_go_on() {
     drop(dropped);
     drop(waiting);
     assert_eq!(collect(kept, 1).unwrap().ids(0), fixture.greedy("base")[1]);
-    for _ in 0..200 {
-        let stats = engine.stats();
-        if (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0) {
-            return;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-    panic!("blocks were not freed: {:?}", engine.stats());
+    wait_until(&engine, |stats| (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0));
 }
 
 #[test]
@@ -232,13 +236,10 @@ fn what_can_never_run_is_refused_at_once() {
     let exact = engine.info().max_context.min(engine.info().kv_tokens) - 3;
     let mut request = greedy(&[1, 2, 3], exact);
     drop(engine.submit(request.clone()).unwrap());
-    if engine.info().max_context <= engine.info().kv_tokens {
-        request.cartridges = fixture.cartridges("prefix5");
-        assert!(matches!(
-            engine.submit(request).unwrap_err(),
-            EngineError::TooLong { cartridge: 5, .. }
-        ));
-    }
+    assert!(engine.info().max_context <= engine.info().kv_tokens);
+    request.cartridges = fixture.cartridges("prefix5");
+    let error = engine.submit(request).unwrap_err();
+    assert!(matches!(error, EngineError::TooLong { cartridge: 5, .. }));
     let other = &common::model_fixtures(|name| name == "qwen2")[0];
     assert_eq!(field(refused(&|r| r.cartridges = other.cartridges("prefix5"))), "cartridges");
 }
@@ -250,7 +251,7 @@ fn a_full_queue_refuses_and_recovers() {
         kv_bytes: 1 << 20,
         max_running_sequences: 1,
         prefill_tokens_per_step: 16,
-        max_queued_requests: 3,
+        max_queued_sequences: 3,
     };
     let engine = start(fixture.decoder(), &options).unwrap().0;
     let mut accepted = Vec::new();
@@ -266,4 +267,136 @@ fn a_full_queue_refuses_and_recovers() {
         assert_eq!(collect(stream, 1).unwrap().tokens[0].len(), 40);
     }
     assert!(engine.submit(greedy(&[1, 2, 3], 4)).is_ok());
+}
+
+/// KV bytes of `blocks` blocks for a fixture.
+fn kv_bytes(fixture: &ModelFixture, blocks: u64) -> u64 {
+    let shape = fixture.decoder().config().kv_shape();
+    blocks * 16 * (2 * 4 * shape.layers * shape.kv_heads * shape.head_dim) as u64
+}
+
+#[test]
+fn preempted_sequences_go_on_with_the_same_tokens() {
+    let fixture = &common::model_fixtures(|name| name == "llama3")[0];
+    // The longest request alone needs four blocks; seven of them are far from fitting together.
+    let engine = engine_with_kv(fixture, kv_bytes(fixture, 6), 8, 11);
+    assert_eq!(engine.info().kv_tokens, 6 * 16);
+    let mut streams = Vec::new();
+    for round in 0..3 {
+        for (prompt, want) in fixture.prompts().iter().zip(fixture.greedy("prefix5")) {
+            let mut request = greedy(prompt, want.len());
+            request.cartridges = fixture.cartridges("prefix5");
+            request.logprobs.prompt_top = (round == 1).then_some(2);
+            streams.push((prompt.len(), want, engine.submit(request).unwrap()));
+        }
+    }
+    for (prompt_len, want, stream) in streams {
+        let got = collect(stream, 1).unwrap();
+        assert_eq!(got.ids(0), want);
+        assert!(got.prompt.is_empty() || got.prompt.len() == prompt_len);
+    }
+    wait_until(&engine, |stats| stats.used_blocks == 0 && stats.running == 0);
+}
+
+fn wait_until(engine: &EngineHandle, done: impl Fn(EngineStats) -> bool) {
+    for _ in 0..400 {
+        if done(engine.stats()) {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    panic!("never reached: {:?}", engine.stats());
+}
+
+/// Clients that set no limit may fill the context; that must not make them run one after the other.
+#[test]
+fn requests_that_may_fill_the_cache_run_together() {
+    let fixture = &common::model_fixtures(|name| name == "llama")[0];
+    let engine = engine_with_kv(fixture, kv_bytes(fixture, 8), 4, 64);
+    let all = engine.info().kv_tokens.min(engine.info().max_context) - 8;
+    let streams: Vec<_> = (0..2).map(|_| engine.submit(greedy(&[1, 2, 3], all)).unwrap()).collect();
+    let mut streams = streams.into_iter();
+    let (mut first, mut second) = (streams.next().unwrap(), streams.next().unwrap());
+    // Both have begun before either has ended.
+    for stream in [&mut first, &mut second] {
+        assert!(matches!(stream.blocking_next(), Some(Event::PromptDone { .. })));
+    }
+    assert_eq!(engine.stats().waiting, 0);
+    let (first, second) = (collect(first, 1).unwrap(), collect(second, 1).unwrap());
+    assert_eq!((first.ids(0).len(), first.ids(0)), (all, second.ids(0)));
+}
+
+#[test]
+fn non_finite_logits_end_their_request_only() {
+    let fixture = &common::model_fixtures(|name| name == "llama")[0];
+    let engine = engine(fixture, 4, 64);
+    let good = fixture.cartridge("prefix5");
+    let huge = good.layers().iter().map(|layer| LayerKv {
+        keys: layer.keys.clone(),
+        values: layer.values.ones_like().unwrap().affine(3e38, 0.0).unwrap(),
+        bias: None,
+    });
+    let huge = Cartridge::new(huge.collect(), 1, Provenance::default()).unwrap();
+    let prompt = &fixture.prompts()[1];
+    let mut bad = greedy(prompt, 24);
+    bad.cartridges = vec![Lease::detached("huge", huge)];
+    let mut scored = bad.clone();
+    scored.sampling.max_tokens = 0;
+    scored.logprobs.prompt_top = Some(1);
+    let fine = engine.submit(greedy(prompt, 24)).unwrap();
+    let bad = engine.submit(bad).unwrap();
+    let scored = engine.submit(scored).unwrap();
+    assert_eq!(collect(fine, 1).unwrap().ids(0), fixture.greedy("base")[1]);
+    for stream in [bad, scored] {
+        assert!(matches!(collect(stream, 1), Err(EngineError::NonFiniteLogits)));
+    }
+    wait_until(&engine, |stats| stats.used_blocks == 0);
+}
+
+#[test]
+fn a_bias_per_key_reaches_attention() {
+    let fixture = &common::model_fixtures(|name| name == "qwen3")[0];
+    let engine = engine(fixture, 4, 64);
+    let plain = fixture.cartridge("prefix19");
+    let first_logprob = |bias: Option<f32>| {
+        let layers = plain.layers().iter().map(|layer| {
+            let (heads, tokens, _) = layer.keys.dims3().unwrap();
+            let bias = bias.map(|bias| {
+                // The first key keeps its score, the others are shifted.
+                let values = (0..heads * tokens)
+                    .map(|i| if i % tokens == 0 { 0.0 } else { bias })
+                    .collect::<Vec<f32>>();
+                Tensor::from_vec(values, (heads, tokens), &Device::Cpu).unwrap()
+            });
+            LayerKv { bias, ..layer.clone() }
+        });
+        let cartridge = Cartridge::new(layers.collect(), 1, Provenance::default()).unwrap();
+        let mut request = greedy(&fixture.prompts()[1], 1);
+        request.cartridges = vec![Lease::detached("biased", cartridge)];
+        collect(engine.submit(request).unwrap(), 1).unwrap().tokens[0][0].logprob
+    };
+    let without = first_logprob(None);
+    assert_eq!(first_logprob(Some(0.0)), without);
+    assert!((first_logprob(Some(-3.0)) - without).abs() > 1e-3);
+}
+
+#[test]
+fn cancelled_waiting_requests_leave_the_queue() {
+    let fixture = &common::model_fixtures(|name| name == "llama")[0];
+    let options = EngineOptions {
+        kv_bytes: 1 << 20,
+        max_running_sequences: 1,
+        prefill_tokens_per_step: 16,
+        max_queued_sequences: 4,
+    };
+    let engine = start(fixture.decoder(), &options).unwrap().0;
+    for _ in 0..20 {
+        let mut running = engine.submit(greedy(&[1, 2, 3], 100)).unwrap();
+        assert!(matches!(running.blocking_next(), Some(Event::PromptDone { .. })));
+        let mut pair = greedy(&[1, 2, 3], 100);
+        pair.n = 2;
+        drop([engine.submit(pair.clone()).unwrap(), engine.submit(pair.clone()).unwrap()]);
+        drop(running);
+        wait_until(&engine, |stats| stats.waiting + stats.running == 0);
+    }
 }

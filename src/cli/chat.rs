@@ -118,7 +118,8 @@ impl Talk<'_> {
         let prompt = self.runtime.chat_prompt(&self.messages, !self.leases.is_empty())?;
         let info = self.runtime.engine.info();
         let cartridge: usize = self.leases.iter().map(|l| l.tokens()).sum();
-        let room = info.max_context.saturating_sub(cartridge + prompt.len());
+        let room = info.max_context.saturating_sub(cartridge).min(info.kv_tokens);
+        let room = room.saturating_sub(prompt.len());
         let mut stream = self.runtime.engine.submit(GenerateRequest {
             prompt,
             cartridges: self.leases.clone(),
@@ -135,9 +136,9 @@ impl Talk<'_> {
         let mut detokenizer = Detokenizer::new(&self.runtime.model.tokenizer, true);
         let mut answer = String::new();
         let mut show = |text: &str| {
-            print!("{text}");
-            // A closed terminal ends the process by its signal, not here.
-            let _ = std::io::stdout().flush();
+            // Nobody reads any more when this fails; the answer is still kept.
+            let mut out = std::io::stdout();
+            let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
             answer.push_str(text);
         };
         while let Some(event) = stream.blocking_next() {
@@ -148,7 +149,8 @@ impl Talk<'_> {
             }
         }
         show(&detokenizer.finish());
-        println!();
+        show("\n");
+        answer.truncate(answer.trim_end_matches('\n').len());
         self.messages.push(json!({"role": "assistant", "content": answer}));
         Ok(())
     }

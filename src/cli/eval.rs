@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::CliError;
 use super::runtime::{Runtime, RuntimeOptions};
 use crate::cartridge::{Lease, read_cartridge_bytes};
-use crate::demo::{self, Question, Questions};
+use crate::demo::{self, Question};
 use crate::engine::{Event, GenerateRequest, LogprobOptions, SamplingParams};
 
 /// Longest answer of the demo model, in tokens, with room to spare.
@@ -99,20 +99,19 @@ pub fn run(args: EvalArgs) -> Result<(), CliError> {
 /// that a machine that slows down slows all of them.
 fn evaluate(runtime: &Runtime) -> Result<Vec<Row>, CliError> {
     let modes = [Mode::None, Mode::LongContext, Mode::Cartridge];
-    let mut asked: Vec<(Question, Questions)> = Vec::new();
+    // Questions with the refusal that is right where they cannot be answered.
+    let mut asked: Vec<(Question, String)> = Vec::new();
     let mut answers: Vec<Vec<Answer>> = modes.iter().map(|_| Vec::new()).collect();
     for document in demo::DOCUMENTS {
         let broken = |e| CliError::Usage(format!("the questions of {}: {e}", document.name));
-        let mut questions = document.questions().map_err(broken)?;
+        let questions = document.questions().map_err(broken)?;
         let cartridge = read_cartridge_bytes(document.cartridge, document.name)?;
         let lease = Lease::detached(document.name, cartridge);
-        for question in std::mem::take(&mut questions.questions) {
+        for question in questions.questions {
             for (mode, answers) in modes.iter().zip(&mut answers) {
                 answers.push(ask(runtime, *mode, document.text, &lease, &question.question)?);
             }
-            let refusal = questions.refusal.clone();
-            let title = questions.title.clone();
-            asked.push((question, Questions { title, refusal, questions: Vec::new() }));
+            asked.push((question, questions.refusal.clone()));
         }
     }
     Ok(modes
@@ -122,7 +121,7 @@ fn evaluate(runtime: &Runtime) -> Result<Vec<Row>, CliError> {
         .collect())
 }
 
-fn row(runtime: &Runtime, mode: Mode, asked: &[(Question, Questions)], answers: &[Answer]) -> Row {
+fn row(runtime: &Runtime, mode: Mode, asked: &[(Question, String)], answers: &[Answer]) -> Row {
     let shape = runtime.engine.info().kv_shape;
     let token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * size_of::<f32>();
     let pairs = || asked.iter().zip(answers);
@@ -132,8 +131,8 @@ fn row(runtime: &Runtime, mode: Mode, asked: &[(Question, Questions)], answers: 
         (n + 1, hits + usize::from(answer.text == question.answer))
     });
     let unknown = pairs().filter(|((q, _), _)| mode == Mode::None || !q.in_document);
-    let (unknown, refused) = unknown.fold((0, 0), |(n, hits), ((_, questions), answer)| {
-        (n + 1, hits + usize::from(answer.text == questions.refusal))
+    let (unknown, refused) = unknown.fold((0, 0), |(n, hits), ((_, refusal), answer)| {
+        (n + 1, hits + usize::from(answer.text == *refusal))
     });
     let mean = |values: &dyn Fn(&Answer) -> usize| {
         answers.iter().map(values).sum::<usize>() as f64 / answers.len().max(1) as f64

@@ -30,7 +30,7 @@ pub struct RuntimeOptions {
     /// Quantise safetensors weights while loading: q8_0 or q4_k
     #[arg(long, env = "CARTOUCHE_QUANTIZE")]
     pub quantize: Option<String>,
-    /// Threads that compute [default: the physical cores]
+    /// Threads that compute [default: the cores this process may use]
     #[arg(long, env = "CARTOUCHE_THREADS")]
     pub threads: Option<usize>,
     /// MiB of the KV cache; memory is taken as it fills [default: 1024]
@@ -42,9 +42,9 @@ pub struct RuntimeOptions {
     /// Prompt tokens computed per step, over all sequences [default: 512]
     #[arg(long, env = "CARTOUCHE_PREFILL_TOKENS_PER_STEP")]
     pub prefill_tokens_per_step: Option<usize>,
-    /// Requests that may wait; more get 429 [default: 1024]
-    #[arg(long, env = "CARTOUCHE_MAX_QUEUED_REQUESTS")]
-    pub max_queued_requests: Option<usize>,
+    /// Sequences (choices of requests) that may wait; more get 429 [default: 1024]
+    #[arg(long, env = "CARTOUCHE_MAX_QUEUED_SEQUENCES")]
+    pub max_queued_sequences: Option<usize>,
     /// Folder of cartridges: {dir}/{id}/cartridge.pt or .safetensors [default: cartridges]
     #[arg(long, env = "CARTOUCHE_CARTRIDGE_DIR")]
     pub cartridge_dir: Option<PathBuf>,
@@ -80,7 +80,9 @@ impl RuntimeOptions {
 
     /// Fixes the number of computing threads. Call it first: candle and rayon read it once.
     pub fn set_threads(&self) -> Result<(), CliError> {
-        let Some(threads) = self.threads else { return Ok(()) };
+        // candle would count the machine's cores; a container may be allowed fewer.
+        let available = || std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = self.threads.unwrap_or_else(available);
         // SAFETY: commands call this before they start any thread, so nobody reads the environment.
         unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
         rayon::ThreadPoolBuilder::new()
@@ -99,7 +101,7 @@ impl RuntimeOptions {
             prefill_tokens_per_step: self
                 .prefill_tokens_per_step
                 .unwrap_or(default.prefill_tokens_per_step),
-            max_queued_requests: self.max_queued_requests.unwrap_or(default.max_queued_requests),
+            max_queued_sequences: self.max_queued_sequences.unwrap_or(default.max_queued_sequences),
         }
     }
 

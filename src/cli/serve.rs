@@ -48,7 +48,6 @@ struct ServerOptions {
     port: Option<u16>,
     /// Largest top_logprobs a request may ask for [default: 64]
     #[arg(long, alias = "max-topk-logprobs", env = "CARTOUCHE_MAX_TOP_LOGPROBS")]
-    #[serde(alias = "max_topk_logprobs")]
     max_top_logprobs: Option<usize>,
     /// Tokens of a chat reply when the request sets no limit [default: what the context leaves]
     #[arg(long, alias = "max-completion-tokens", env = "CARTOUCHE_DEFAULT_MAX_TOKENS")]
@@ -83,30 +82,32 @@ pub fn run(args: ServeArgs) -> Result<(), CliError> {
     let metrics =
         api::metrics::recorder_builder().ok().and_then(|builder| builder.install_recorder().ok());
     api::metrics::describe();
-    tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(|source| CliError::System { what: "cannot start the async runtime", source })?
-        .block_on(async {
-            // The registry needs the async runtime at hand; the model is loaded on a thread of its own.
-            let runtime = tokio::task::spawn_blocking(move || runtime_options.start());
-            let runtime = runtime.await.map_err(|e| CliError::Usage(e.to_string()))??;
-            serve(runtime, server, metrics, started).await
-        })
+    let host = server.host.as_deref().unwrap_or("127.0.0.1");
+    let address = format!("{host}:{}", server.port.unwrap_or(10210));
+    let tokio = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let tokio = tokio
+        .map_err(|source| CliError::System { what: "cannot start the async runtime", source })?;
+    // Bound before the model is loaded: a taken port is told at once. Clients wait in the backlog.
+    let listener = tokio.block_on(TcpListener::bind(&address));
+    let listener = listener.map_err(|source| CliError::Listen { address, source })?;
+    let runtime = runtime_options.start()?;
+    let result = tokio.block_on(serve(runtime, server, listener, metrics, started));
+    // A load that hangs on a dead file system must not hold up the exit.
+    tokio.shutdown_timeout(Duration::from_secs(1));
+    result
 }
 
 async fn serve(
     runtime: Runtime,
     options: ServerOptions,
+    listener: TcpListener,
     metrics: Option<metrics_exporter_prometheus::PrometheusHandle>,
     started: Instant,
 ) -> Result<(), CliError> {
-    let host = options.host.as_deref().unwrap_or("127.0.0.1");
-    let address = format!("{host}:{}", options.port.unwrap_or(10210));
-    let listener = TcpListener::bind(&address).await;
-    let listener =
-        listener.map_err(|source| CliError::Listen { address: address.clone(), source })?;
-    let local = listener.local_addr().map_err(|source| CliError::Listen { address, source })?;
+    let local = listener.local_addr().map_err(|source| CliError::System {
+        what: "the listening socket has no address",
+        source,
+    })?;
     let defaults = ApiOptions::default();
     let ready = Readiness::default();
     let state = Arc::new(AppState {
@@ -145,10 +146,13 @@ async fn serve(
     ready.set(false);
     tracing::info!(seconds = drain.as_secs(), "stopping: running requests may finish");
     let _ = stop.send(());
-    if tokio::time::timeout(drain, &mut server).await.is_err() {
-        tracing::warn!("requests were still running after the drain time and are dropped");
-        server.abort();
+    tokio::select! {
+        drained = tokio::time::timeout(drain, &mut server) => if drained.is_err() {
+            tracing::warn!("requests were still running after the drain time and are dropped");
+        },
+        () = stop_signal() => tracing::warn!("stopped at once; running requests are dropped"),
     }
+    server.abort();
     Ok(())
 }
 
@@ -179,10 +183,9 @@ fn demo_routes() -> Router {
 async fn demo_request(Path(name): Path<String>) -> Response {
     let body = demo::DOCUMENTS.iter().find(|document| document.name == name).and_then(|document| {
         let question = &document.questions().ok()?.questions.into_iter().next()?.question;
-        Some(json!({"messages": [
-            {"role": "system", "content": document.text.trim_end()},
-            {"role": "user", "content": question},
-        ]}))
+        let system = json!({"role": "system", "content": document.text.trim_end()});
+        let user = json!({"role": "user", "content": question});
+        Some(json!({"messages": [system, user], "temperature": 0}))
     });
     match body {
         Some(body) => {
@@ -215,12 +218,12 @@ fn announce(runtime: &Runtime, address: SocketAddr, start: Duration) {
     }
     println!(
         "limits      {} tokens of context, {} tokens of KV cache ({:.0} MiB), {} sequences at once, \
-         {} requests waiting, bodies up to {} MiB",
+         {} sequences waiting, bodies up to {} MiB",
         info.max_context,
         info.kv_tokens,
         mib(info.kv_bytes),
         info.max_running_sequences,
-        info.max_queued_requests,
+        info.max_queued_sequences,
         limits::MAX_BODY_BYTES >> 20
     );
     if runtime.source == ModelSource::Demo {
@@ -241,14 +244,14 @@ Try it: one question about the {title}, asked in three ways.
 
 1. Plainly: the model does not know.
    curl -s {chat} -H 'Content-Type: application/json' \\
-     -d '{{\"messages\": {message}}}'
+     -d '{{\"messages\": {message}, \"temperature\": 0}}'
 
 2. With the long document in the prompt: right, and paid for in every request.
    curl -s http://{address}/demo/{name}/request | curl -s {chat} -H 'Content-Type: application/json' -d @-
 
 3. With the cartridge that stands for the document: right, with a prompt of a few tokens.
    curl -s {chat} -H 'Content-Type: application/json' \\
-     -d '{{\"messages\": {message}, \"cartridges\": {cartridge}}}'
+     -d '{{\"messages\": {message}, \"temperature\": 0, \"cartridges\": {cartridge}}}'
 ",
         title = questions.title,
         name = document.name,

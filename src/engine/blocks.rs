@@ -40,19 +40,25 @@ impl BlockPool {
         self.free.borrow().len()
     }
 
-    /// `count` blocks, or `None` when fewer are free.
-    pub fn allocate(&self, count: usize) -> Option<BlockTable> {
-        let mut free = self.free.borrow_mut();
-        let keep = free.len().checked_sub(count)?;
-        let mut blocks = free.split_off(keep);
-        blocks.reverse();
-        Some(BlockTable { blocks, free: Rc::clone(&self.free) })
+    /// A table without blocks.
+    pub fn table(&self) -> BlockTable {
+        BlockTable { blocks: Vec::new(), free: Rc::clone(&self.free) }
     }
 }
 
 impl BlockTable {
     pub fn blocks(&self) -> &[u32] {
         &self.blocks
+    }
+
+    /// Adds blocks until there are `count`. False, and nothing taken, when fewer are free.
+    #[must_use]
+    pub fn grow_to(&mut self, count: usize) -> bool {
+        let mut free = self.free.borrow_mut();
+        let missing = count.saturating_sub(self.blocks.len());
+        let Some(keep) = free.len().checked_sub(missing) else { return false };
+        self.blocks.extend(free.drain(keep..).rev());
+        true
     }
 }
 
@@ -70,15 +76,16 @@ mod tests {
     #[test]
     fn blocks_return_with_their_table_and_none_is_lent_twice() {
         let pool = BlockPool::new(10);
-        let a = pool.allocate(4).unwrap();
-        let b = pool.allocate(6).unwrap();
-        assert!(pool.allocate(1).is_none());
+        let (mut a, mut b, mut c) = (pool.table(), pool.table(), pool.table());
+        assert!(a.grow_to(1) && b.grow_to(6) && a.grow_to(4));
+        assert!(!c.grow_to(1) && a.grow_to(2), "growing to less takes nothing");
         let mut all: Vec<u32> = a.blocks().iter().chain(b.blocks()).copied().collect();
         all.sort_unstable();
         assert_eq!(all, (0..10).collect::<Vec<_>>());
         drop(a);
         assert_eq!(pool.free(), 4);
-        assert!(pool.allocate(5).is_none());
+        assert!(!c.grow_to(5));
+        assert!(c.blocks().is_empty());
         drop(b);
         assert_eq!(pool.free(), pool.total());
     }

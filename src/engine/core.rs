@@ -15,7 +15,7 @@ use super::handle::{EngineHandle, EngineInfo, Gauges, Submission};
 use super::kv_cache::{BatchEntry, KvCache, PagedAttention};
 use super::scheduler::{Plan, Scheduler, SchedulerLimits, SequenceId};
 use super::sequence::{ActiveRequest, Sequence};
-use super::{EngineError, Event, FinishReason};
+use super::{EngineError, Event};
 use crate::limits;
 use crate::model::Decoder;
 
@@ -29,7 +29,7 @@ pub struct EngineOptions {
     pub kv_bytes: u64,
     pub max_running_sequences: usize,
     pub prefill_tokens_per_step: usize,
-    pub max_queued_requests: usize,
+    pub max_queued_sequences: usize,
 }
 
 impl Default for EngineOptions {
@@ -38,7 +38,7 @@ impl Default for EngineOptions {
             kv_bytes: 1 << 30,
             max_running_sequences: limits::DEFAULT_MAX_RUNNING_SEQUENCES,
             prefill_tokens_per_step: limits::DEFAULT_PREFILL_TOKENS_PER_STEP,
-            max_queued_requests: limits::DEFAULT_MAX_QUEUED_REQUESTS,
+            max_queued_sequences: limits::DEFAULT_MAX_QUEUED_SEQUENCES,
         }
     }
 }
@@ -53,7 +53,7 @@ pub fn start(
     let shape = config.kv_shape();
     let block_bytes = KvCache::block_bytes(shape);
     // More blocks than all running sequences can fill would never be used.
-    let useful = options.max_running_sequences * blocks_for(config.max_positions);
+    let useful = options.max_running_sequences.saturating_mul(blocks_for(config.max_positions));
     let blocks = ((options.kv_bytes / block_bytes) as usize).min(useful);
     if blocks == 0 || options.max_running_sequences == 0 || options.prefill_tokens_per_step == 0 {
         return Err(EngineError::InvalidRequest {
@@ -71,7 +71,7 @@ pub fn start(
         kv_bytes: blocks as u64 * block_bytes,
         vocab_size: config.vocab_size,
         kv_shape: shape,
-        max_queued_requests: options.max_queued_requests,
+        max_queued_sequences: options.max_queued_sequences,
         max_running_sequences: options.max_running_sequences,
     });
     let gauges = Arc::new(Gauges::default());
@@ -117,7 +117,7 @@ impl Core {
         while self.take_submissions() {
             self.drop_cancelled();
             let plan = self.scheduler.plan(self.pool.free());
-            if let Err(error) = self.admit(&plan) {
+            if let Err(error) = self.apply(&plan) {
                 self.fail(&plan, &error);
                 continue;
             }
@@ -160,29 +160,36 @@ impl Core {
 
     fn accept(&mut self, Submission { request, reply }: Submission) {
         let cartridge_tokens = request.cartridges.iter().map(|c| c.tokens()).sum();
-        let prompt = request.prompt.len();
-        let blocks = blocks_for(prompt + request.sampling.max_tokens);
-        let n = request.n;
+        let (prompt, n) = (request.prompt.len(), request.n);
         let active = Rc::new(ActiveRequest { request, reply, cartridge_tokens });
         for choice in 0..n {
             let id = self.next_id;
             self.next_id += 1;
-            self.sequences.insert(id, Sequence::new(Rc::clone(&active), choice));
-            self.scheduler.enqueue(id, prompt, blocks);
+            let sequence = Sequence::new(Rc::clone(&active), choice, self.pool.table());
+            self.sequences.insert(id, sequence);
+            self.scheduler.enqueue(id, prompt);
         }
     }
 
-    fn admit(&mut self, plan: &Plan) -> Result<(), EngineError> {
-        for (id, blocks) in &plan.admitted {
-            let table = self.pool.allocate(*blocks);
-            let table = table.ok_or_else(|| {
-                EngineError::Internal("the scheduler admitted more than the pool holds".to_owned())
-            })?;
+    /// Moves blocks as the plan says.
+    fn apply(&mut self, plan: &Plan) -> Result<(), EngineError> {
+        for id in &plan.preempted {
             if let Some(sequence) = self.sequences.get_mut(id) {
-                sequence.table = Some(table);
-                if sequence.choice == 0 {
-                    self.gauges.queued_requests.fetch_sub(1, Ordering::AcqRel);
-                }
+                sequence.preempt(self.pool.table());
+            }
+        }
+        for id in &plan.admitted {
+            if let Some(sequence) = self.sequences.get_mut(id)
+                && sequence.start()
+            {
+                self.gauges.queued.fetch_sub(1, Ordering::AcqRel);
+            }
+        }
+        for work in &plan.work {
+            let grown = self.sequences.get_mut(&work.id).map(|s| s.table.grow_to(work.blocks));
+            if grown != Some(true) {
+                let reason = "the scheduler planned more than the pool holds".to_owned();
+                return Err(EngineError::Internal(reason));
             }
         }
         Ok(())
@@ -191,19 +198,20 @@ impl Core {
     fn drop_cancelled(&mut self) {
         let gone: Vec<SequenceId> =
             self.sequences.iter().filter(|(_, s)| s.is_cancelled()).map(|(id, _)| *id).collect();
-        for id in gone {
-            self.remove(id);
-        }
+        self.remove(&gone);
     }
 
-    fn remove(&mut self, id: SequenceId) {
-        self.scheduler.remove(id);
-        if let Some(sequence) = self.sequences.remove(&id)
-            && sequence.choice == 0
-            && sequence.table.is_none()
-        {
-            self.gauges.queued_requests.fetch_sub(1, Ordering::AcqRel);
+    /// Forgets sequences, wherever they stand; their blocks are free at once.
+    fn remove(&mut self, ids: &[SequenceId]) {
+        if ids.is_empty() {
+            return;
         }
+        for id in ids {
+            if self.sequences.remove(id).is_some_and(|sequence| !sequence.has_started()) {
+                self.gauges.queued.fetch_sub(1, Ordering::AcqRel);
+            }
+        }
+        self.scheduler.retain(|id| self.sequences.contains_key(&id));
     }
 
     /// Runs one step of the model and hands out what it produced.
@@ -211,19 +219,16 @@ impl Core {
         let mut tokens = Vec::new();
         let mut positions = Vec::new();
         let mut batch = Vec::new();
-        for (id, count) in &plan.work {
-            let sequence = &self.sequences[id];
-            let Some(table) = &sequence.table else {
-                candle_core::bail!("a running sequence holds no blocks")
-            };
-            let range = sequence.computed..sequence.computed + count;
-            positions.extend(range.clone().map(|index| sequence.position(index)));
-            tokens.extend_from_slice(&sequence.tokens[range]);
+        for work in &plan.work {
+            let sequence = &self.sequences[&work.id];
+            tokens.extend(sequence.next_tokens(work.tokens));
+            let indices = sequence.computed..sequence.computed + work.tokens;
+            positions.extend(indices.map(|index| sequence.position(index)));
             batch.push(BatchEntry {
-                table,
+                table: &sequence.table,
                 cartridges: &sequence.active.request.cartridges,
                 start: sequence.computed,
-                rows: *count,
+                rows: work.tokens,
             });
         }
         let mut attention = PagedAttention { cache: &mut self.cache, batch: &batch };
@@ -231,21 +236,25 @@ impl Core {
         drop(batch);
 
         let mut sampling = Vec::new();
+        let mut failed = Vec::new();
         let mut first_row = 0;
-        for (id, count) in &plan.work {
-            let Some(sequence) = self.sequences.get_mut(id) else { continue };
+        for work in &plan.work {
+            let Some(sequence) = self.sequences.get_mut(&work.id) else { continue };
             if sequence.wants_prompt_logprobs() {
-                score_prompt(&self.decoder, sequence, &hidden.narrow(0, first_row, *count)?)?;
-            }
-            first_row += count;
-            let in_prompt = !sequence.prefill_done();
-            sequence.computed += count;
-            if sequence.prefill_done() {
-                if in_prompt {
-                    sequence.finish_prompt();
+                let rows = hidden.narrow(0, first_row, work.tokens)?;
+                if let Err(error) = score_prompt(&self.decoder, sequence, &rows)? {
+                    failed.push((work.id, error));
                 }
-                sampling.push((*id, first_row as u32 - 1));
             }
+            first_row += work.tokens;
+            sequence.computed += work.tokens;
+            if sequence.is_computed() {
+                sequence.announce_prompt();
+                sampling.push((work.id, first_row as u32 - 1));
+            }
+        }
+        for (id, error) in failed {
+            self.fail_request(id, &error);
         }
         if sampling.is_empty() {
             return Ok(());
@@ -265,8 +274,11 @@ impl Core {
     fn advance(&mut self, id: SequenceId, logits: &[f32]) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         match sequence.step(logits) {
-            Ok(None) => {}
-            Ok(Some(reason)) => self.finish(id, reason),
+            Ok(None) => self.scheduler.grow(id),
+            Ok(Some(reason)) => {
+                sequence.send(Event::Finished { choice: sequence.choice, reason });
+                self.remove(&[id]);
+            }
             Err(error) => {
                 tracing::error!(%error, "a request is ended");
                 self.fail_request(id, &error);
@@ -274,33 +286,25 @@ impl Core {
         }
     }
 
-    fn finish(&mut self, id: SequenceId, reason: FinishReason) {
-        if let Some(sequence) = self.sequences.get(&id) {
-            sequence.send(Event::Finished { choice: sequence.choice, reason });
-        }
-        self.remove(id);
-    }
-
     /// Ends every request that takes part in `plan`.
     fn fail(&mut self, plan: &Plan, error: &EngineError) {
-        let admitted = plan.admitted.iter().map(|(id, _)| *id);
-        let ids: Vec<SequenceId> = plan.work.iter().map(|(id, _)| *id).chain(admitted).collect();
-        for id in ids {
-            self.fail_request(id, error);
+        for work in &plan.work {
+            self.fail_request(work.id, error);
         }
     }
 
     /// Ends all choices of the request that sequence `id` belongs to.
     fn fail_request(&mut self, id: SequenceId, error: &EngineError) {
-        let Some(sequence) = self.sequences.get(&id) else { return };
+        let Some(sequence) = self.sequences.get(&id) else {
+            self.scheduler.retain(|other| other != id);
+            return;
+        };
         sequence.send(Event::Failed(error.clone()));
         let active = Rc::clone(&sequence.active);
         let same = |s: &Sequence| Rc::ptr_eq(&s.active, &active);
         let ids: Vec<SequenceId> =
             self.sequences.iter().filter(|(_, s)| same(s)).map(|(id, _)| *id).collect();
-        for id in ids {
-            self.remove(id);
-        }
+        self.remove(&ids);
     }
 
     fn publish_gauges(&self) {
@@ -311,19 +315,23 @@ impl Core {
     }
 }
 
-/// Log-probabilities of the prompt tokens that `hidden` `[rows, hidden]` predicts.
+/// Log-probabilities of the prompt tokens that `hidden` `[rows, hidden]` predicts. The inner error is the
+/// request's own.
 fn score_prompt(
     decoder: &Decoder,
     sequence: &mut Sequence,
     hidden: &Tensor,
-) -> candle_core::Result<()> {
+) -> candle_core::Result<Result<(), EngineError>> {
     let rows = hidden.dim(0)?;
     for start in (0..rows).step_by(PROMPT_LOGIT_ROWS) {
         let len = PROMPT_LOGIT_ROWS.min(rows - start);
         let logits = decoder.logits(&hidden.narrow(0, start, len)?)?;
         for (i, logits) in logits.to_vec2::<f32>()?.iter().enumerate() {
-            sequence.add_prompt_logprobs(sequence.computed + start + i + 1, logits);
+            let predicted = sequence.computed + start + i + 1;
+            if let Err(error) = sequence.add_prompt_logprobs(predicted, logits) {
+                return Ok(Err(error));
+            }
         }
     }
-    Ok(())
+    Ok(Ok(()))
 }

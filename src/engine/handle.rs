@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 
+use candle_core::DType;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use super::blocks::blocks_for;
 use super::{EngineError, Event, GenerateRequest};
 use crate::cartridge::KvShape;
 
@@ -20,7 +20,7 @@ pub struct EngineInfo {
     pub kv_bytes: u64,
     pub vocab_size: usize,
     pub kv_shape: KvShape,
-    pub max_queued_requests: usize,
+    pub max_queued_sequences: usize,
     pub max_running_sequences: usize,
 }
 
@@ -38,8 +38,8 @@ pub struct EngineStats {
 /// Readings the engine thread publishes.
 #[derive(Debug, Default)]
 pub(super) struct Gauges {
-    /// Requests submitted and not yet started.
-    pub queued_requests: AtomicUsize,
+    /// Sequences submitted and not yet started; bounded by `max_queued_sequences`.
+    pub queued: AtomicUsize,
     pub waiting: AtomicUsize,
     pub running: AtomicUsize,
     pub used_blocks: AtomicUsize,
@@ -91,17 +91,19 @@ impl EngineHandle {
     /// Checks a request and puts it into the queue. What can never run is refused here.
     pub fn submit(&self, request: GenerateRequest) -> Result<TokenStream, EngineError> {
         self.check(&request)?;
-        let limit = self.info.max_queued_requests;
-        let queued = &self.gauges.queued_requests;
+        let (n, limit) = (request.n, self.info.max_queued_sequences);
+        let queued = &self.gauges.queued;
         queued
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |n| (n < limit).then_some(n + 1))
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |waiting| {
+                waiting.checked_add(n).filter(|total| *total <= limit)
+            })
             .map_err(|waiting| EngineError::QueueFull { waiting, limit })?;
         // The number of events is bounded by the request's own n and max_tokens.
         let (events, receiver) = unbounded_channel();
         let cancelled: Arc<[AtomicBool]> = (0..request.n).map(|_| AtomicBool::new(false)).collect();
         let reply = Reply { events, cancelled: Arc::clone(&cancelled) };
         if self.submissions.send(Submission { request, reply }).is_err() {
-            queued.fetch_sub(1, Ordering::AcqRel);
+            queued.fetch_sub(n, Ordering::AcqRel);
             return Err(EngineError::ShuttingDown);
         }
         Ok(TokenStream { events: receiver, cancelled })
@@ -130,13 +132,15 @@ impl EngineHandle {
                 let (have, need) = (cartridge.shape(), self.info.kv_shape);
                 return invalid("cartridges", format!("shape {have:?}, the model has {need:?}"));
             }
+            if cartridge.dtype() != DType::F32 {
+                let dtype = cartridge.dtype();
+                return invalid("cartridges", format!("{dtype:?} tensors, the engine needs F32"));
+            }
         }
         let cartridge: usize = request.cartridges.iter().map(|c| c.tokens()).sum();
         let own = request.prompt.len().saturating_add(max_tokens);
         let limit = self.info.max_context.min(self.info.kv_tokens + cartridge);
-        if own.saturating_add(cartridge) > limit
-            || blocks_for(own) > blocks_for(self.info.kv_tokens)
-        {
+        if own.saturating_add(cartridge) > limit {
             let prompt = request.prompt.len();
             return Err(EngineError::TooLong { prompt, cartridge, max_tokens, limit });
         }

@@ -105,24 +105,22 @@ impl Attend for PagedAttention<'_> {
 
         // Read locks on the cartridge tensors are held until attention is done.
         let cartridges = self.batch.iter().flat_map(|entry| entry.cartridges.iter());
-        let locked = cartridges
+        let locked: Vec<_> = cartridges
             .map(|cartridge| {
                 let kv = &cartridge.layers()[layer];
-                Ok((kv.keys.storage_and_layout().0, kv.values.storage_and_layout().0, kv))
+                let bias = kv.bias.as_ref().map(|bias| (bias.storage_and_layout().0, bias));
+                (kv.keys.storage_and_layout().0, kv.values.storage_and_layout().0, bias, kv)
             })
-            .collect::<Result<Vec<_>>>()?;
-        let biases = locked
-            .iter()
-            .map(|(_, _, kv)| kv.bias.as_ref().map(|b| b.flatten_all()?.to_vec1()).transpose())
-            .collect::<Result<Vec<Option<Vec<f32>>>>>()?;
-        let mut shared = locked.iter().zip(&biases).map(|((keys, values, kv), bias)| {
+            .collect();
+        let mut shared = locked.iter().map(|(keys, values, bias, kv)| {
             let len = kv.keys.dim(1)?;
+            let bias = bias.as_ref().map(|(storage, bias)| f32_slice(storage, bias));
             Ok(KvRun {
                 keys: f32_slice(keys, &kv.keys)?,
                 values: f32_slice(values, &kv.values)?,
                 head_stride: len * head_dim,
                 len,
-                bias: bias.as_deref(),
+                bias: bias.transpose()?,
             })
         });
         let store = &*store;

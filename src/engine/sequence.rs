@@ -19,44 +19,70 @@ pub(super) struct ActiveRequest {
 pub(super) struct Sequence {
     pub active: Rc<ActiveRequest>,
     pub choice: usize,
-    /// Prompt, then what was generated.
-    pub tokens: Vec<u32>,
+    generated: Vec<u32>,
     /// Tokens whose keys and values are stored.
     pub computed: usize,
-    /// Held from admission on.
-    pub table: Option<BlockTable>,
-    sampler: Sampler,
+    pub table: BlockTable,
+    /// Made when the sequence first runs, so that waiting ones cost next to nothing.
+    sampler: Option<Sampler>,
     /// Gathered chunk by chunk for the first choice, when asked for.
     prompt_logprobs: Vec<Option<SampledToken>>,
+    prompt_announced: bool,
 }
 
 impl Sequence {
-    pub fn new(active: Rc<ActiveRequest>, choice: usize) -> Self {
-        let request = &active.request;
+    pub fn new(active: Rc<ActiveRequest>, choice: usize, table: BlockTable) -> Self {
         Self {
-            choice,
-            tokens: request.prompt.clone(),
-            computed: 0,
-            table: None,
-            sampler: Sampler::new(&request.sampling, choice, &request.prompt),
-            prompt_logprobs: Vec::new(),
             active,
+            choice,
+            generated: Vec::new(),
+            computed: 0,
+            table,
+            sampler: None,
+            prompt_logprobs: Vec::new(),
+            prompt_announced: false,
         }
+    }
+
+    /// Called on every admission. True the first time.
+    pub fn start(&mut self) -> bool {
+        let first = self.sampler.is_none();
+        let request = &self.active.request;
+        self.sampler
+            .get_or_insert_with(|| Sampler::new(&request.sampling, self.choice, &request.prompt));
+        first
+    }
+
+    pub fn has_started(&self) -> bool {
+        self.sampler.is_some()
+    }
+
+    /// Gives the blocks back; everything is computed again later, nothing is sampled again.
+    pub fn preempt(&mut self, empty: BlockTable) {
+        self.table = empty;
+        self.computed = 0;
     }
 
     fn prompt_len(&self) -> usize {
         self.active.request.prompt.len()
     }
 
+    /// The next `count` tokens to compute.
+    pub fn next_tokens(&self, count: usize) -> impl Iterator<Item = u32> {
+        let tokens = self.active.request.prompt.iter().chain(&self.generated);
+        tokens.skip(self.computed).take(count).copied()
+    }
+
+    /// Whether every token has its keys and values, so that the next can be sampled.
+    pub fn is_computed(&self) -> bool {
+        self.computed == self.prompt_len() + self.generated.len()
+    }
+
     /// Whether logits of prompt positions are wanted from this sequence.
     pub fn wants_prompt_logprobs(&self) -> bool {
         self.choice == 0
+            && !self.prompt_announced
             && self.active.request.logprobs.prompt_top.is_some()
-            && self.prompt_logprobs.len() < self.prompt_len()
-    }
-
-    pub fn prefill_done(&self) -> bool {
-        self.computed >= self.prompt_len()
     }
 
     /// Rotary position of the token at `index` of this sequence.
@@ -65,17 +91,23 @@ impl Sequence {
     }
 
     /// Takes the logits that predict the prompt token at `index`.
-    pub fn add_prompt_logprobs(&mut self, index: usize, logits: &[f32]) {
+    pub fn add_prompt_logprobs(&mut self, index: usize, logits: &[f32]) -> Result<(), EngineError> {
         let options = self.active.request.logprobs;
         if self.prompt_logprobs.is_empty() {
             self.prompt_logprobs.push(None); // nothing predicts the first token
         }
+        // After a preemption the same positions come by again.
+        if index != self.prompt_logprobs.len() {
+            return Ok(());
+        }
         let (Some(top), Some(&id)) = (options.prompt_top, self.active.request.prompt.get(index))
         else {
-            return;
+            return Ok(());
         };
+        check_finite(logits)?;
         let temperature = self.temperature_of_logprobs();
         self.prompt_logprobs.push(Some(token_logprobs(logits, id, temperature, top)));
+        Ok(())
     }
 
     fn temperature_of_logprobs(&self) -> f32 {
@@ -85,30 +117,32 @@ impl Sequence {
         }
     }
 
-    /// Announces that the prompt is computed. Only the first choice speaks for the request.
-    pub fn finish_prompt(&mut self) {
-        if self.choice == 0 {
-            let mut logprobs = std::mem::take(&mut self.prompt_logprobs);
-            if self.active.request.logprobs.prompt_top.is_some() && logprobs.is_empty() {
-                logprobs.push(None); // a prompt of one token
-            }
-            self.send(Event::PromptDone { cached_tokens: 0, logprobs });
+    /// Announces, once, that the prompt is computed. Only the first choice speaks for the request.
+    pub fn announce_prompt(&mut self) {
+        if self.choice != 0 || std::mem::replace(&mut self.prompt_announced, true) {
+            return;
         }
+        let mut logprobs = std::mem::take(&mut self.prompt_logprobs);
+        if self.active.request.logprobs.prompt_top.is_some() && logprobs.is_empty() {
+            logprobs.push(None); // a prompt of one token
+        }
+        self.send(Event::PromptDone { cached_tokens: 0, logprobs });
     }
 
     /// Draws the next token from `logits`; `Some` when the sequence ends with it.
     pub fn step(&mut self, logits: &[f32]) -> Result<Option<FinishReason>, EngineError> {
+        check_finite(logits)?;
         let sampling = &self.active.request.sampling;
         if sampling.max_tokens == 0 {
             return Ok(Some(FinishReason::Length));
         }
-        if !logits.iter().all(|logit| logit.is_finite()) {
-            return Err(EngineError::NonFiniteLogits);
-        }
-        let generated = self.tokens.len() - self.prompt_len();
+        let generated = self.generated.len();
         let stops = &self.active.request.stop_token_ids;
         let forbidden = if generated < sampling.min_tokens { stops.as_slice() } else { &[] };
-        let id = self.sampler.sample(logits, forbidden);
+        let Some(sampler) = &mut self.sampler else {
+            return Err(EngineError::Internal("a sequence ran before it was admitted".to_owned()));
+        };
+        let id = sampler.sample(logits, forbidden);
         let temperature = self.temperature_of_logprobs();
         let top = self.active.request.logprobs.top;
         let token = token_logprobs(logits, id, temperature, top);
@@ -117,7 +151,7 @@ impl Sequence {
             () if stops.contains(&id) => Some(FinishReason::Stop),
             () => None,
         };
-        self.tokens.push(id);
+        self.generated.push(id);
         self.send(Event::Token { choice: self.choice, token });
         Ok(reason)
     }
@@ -129,5 +163,12 @@ impl Sequence {
     pub fn send(&self, event: Event) {
         // A receiver that is gone is noticed as a cancellation before the next step.
         let _ = self.active.reply.events.send(event);
+    }
+}
+
+fn check_finite(logits: &[f32]) -> Result<(), EngineError> {
+    match logits.iter().all(|logit| logit.is_finite()) {
+        true => Ok(()),
+        false => Err(EngineError::NonFiniteLogits),
     }
 }
