@@ -36,6 +36,11 @@ impl GgufFile {
         Ok(Self { name, content, file: Mutex::new(file), config })
     }
 
+    /// The file's path, for messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     pub fn config(&self) -> ModelConfig {
         self.config.clone()
     }
