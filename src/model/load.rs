@@ -93,19 +93,17 @@ fn load_safetensors(
     let chat_template = neighbour_template(files, &tokenizer_config)?;
     let tokenizer = files.require("tokenizer.json")?;
     let generation = read_json(files, "generation_config.json")?;
-    let config = parse_json(&files.require("config.json")?, &files.describe("config.json"))?;
-    let decoder = safetensors_decoder(files, quantize)?;
-    let tokenizer = checked_tokenizer(
-        parse_tokenizer(&tokenizer)?,
-        decoder.config(),
-        &files.describe("tokenizer.json"),
-    )?;
+    let config_json = files.require("config.json")?;
+    let config = ModelConfig::from_json(&config_json, &files.describe("config.json"))?;
+    let tokenizer = parse_tokenizer(&tokenizer)?;
+    let tokenizer = checked_tokenizer(tokenizer, &config, &files.describe("tokenizer.json"))?;
     // generation_config.json has the last word on end tokens, as in transformers.
     let mut eos_token_ids = read_eos_ids(&generation);
     if eos_token_ids.is_empty() {
-        eos_token_ids = read_eos_ids(&config);
+        eos_token_ids = read_eos_ids(&parse_json(&config_json, &files.describe("config.json"))?);
     }
     eos_token_ids.extend(template_eos(&tokenizer_config, &tokenizer));
+    let decoder = safetensors_decoder(files, config, quantize)?;
     Ok(assemble(name, decoder, tokenizer, chat_template, eos_token_ids))
 }
 
@@ -164,7 +162,11 @@ pub fn load_decoder(
             let gguf = GgufFile::open(&path)?;
             build(gguf.config(), &gguf)
         }
-        None => safetensors_decoder(&files, quantize),
+        None => {
+            let config = files.require("config.json")?;
+            let config = ModelConfig::from_json(&config, &files.describe("config.json"))?;
+            safetensors_decoder(&files, config, quantize)
+        }
     }
 }
 
@@ -215,10 +217,9 @@ fn template_eos(tokenizer_config: &Value, tokenizer: &Tokenizer) -> Option<u32> 
 
 fn safetensors_decoder(
     files: &ModelFiles,
+    config: ModelConfig,
     quantize: Option<Quantize>,
 ) -> Result<Decoder, ModelError> {
-    let file = "config.json";
-    let config = ModelConfig::from_json(&files.require(file)?, &files.describe(file))?;
     let shards = safetensors_files(files)?;
     build(config, &SafetensorsReader::new(&shards, quantize)?)
 }

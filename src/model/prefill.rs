@@ -90,8 +90,12 @@ mod tests {
             assert_eq!(parts.len(), whole.len());
             for (part, whole) in parts.iter().zip(&whole) {
                 assert_eq!(whole.keys.dim(1).unwrap(), tokens.len());
-                assert_close(&part.keys, &whole.keys, 1e-5);
-                assert_close(&part.values, &whole.values, 1e-5);
+                for (part, whole) in [(&part.keys, &whole.keys), (&part.values, &whole.values)] {
+                    // Matrix products of other heights round otherwise, in proportion to the values.
+                    let largest = whole.abs().unwrap().max_all().unwrap();
+                    let largest = largest.to_scalar::<f32>().unwrap();
+                    assert_close(part, whole, 1e-5 * largest.max(1.0));
+                }
             }
         }
     }
