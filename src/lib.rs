@@ -1,4 +1,4 @@
-//! Cartouche: one process that serves, teaches and trains *cartridges*.
+//! Cartouche: one process that serves *cartridges* and makes exact ones of documents.
 //!
 //! A cartridge is a trained KV-cache prefix, one key and one value tensor per layer, that stands for a
 //! long text (Cartridges, arXiv 2506.06266). A request names it and the model attends to it as if the
@@ -10,10 +10,10 @@
 //! | [`cli`] | one file per command | everything below |
 //! | [`api`] | HTTP: wire types, handlers, streaming, error bodies | `engine`, `cartridge`, `text` |
 //! | [`engine`] | the loop that turns requests into tokens | `model`, `cartridge`, `ops` |
-//! | [`model`] | one decoder for the Llama family and Qwen | `ops` |
+//! | [`model`] | one decoder for the Llama family and Qwen | `ops`, `text`, shapes and KV of `cartridge` |
 //! | [`cartridge`] | the artifact, its file formats, the registry | candle only |
 //! | [`text`] | tokenizer, chat template, detokenizer, stop strings | nothing of ours |
-//! | [`ops`] | differentiable building blocks, each with forward and backward | candle only |
+//! | [`ops`] | building blocks; all but attention have a backward pass | candle only |
 //!
 //! `docs/architecture.md` holds the invariants and where each one is enforced.
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 use clap::{Args, Subcommand, ValueEnum};
-use serde_json::{Map, json};
+use serde_json::{Map, Value, json};
 
 use super::CliError;
 use super::runtime::RuntimeOptions;
@@ -12,7 +12,8 @@ use crate::cartridge::{
     Cartridge, CartridgeError, FileSource, LocalFolder, Naming, Provenance, TorchStyle,
     read_cartridge, write_config_yaml, write_safetensors, write_torch,
 };
-use crate::text::TemplateRequest;
+use crate::model::LoadedModel;
+use crate::text::{ChatTemplate, TemplateRequest, llama3_cartridge_prompt};
 use crate::{limits, model};
 
 /// Inspect, convert, list and make cartridges
@@ -66,6 +67,9 @@ enum CartridgeCommand {
         document: PathBuf,
         #[arg(long, short)]
         output: PathBuf,
+        /// Write it even if the chat template gives requests a prompt that does not continue it
+        #[arg(long)]
+        force: bool,
         #[command(flatten)]
         runtime: Box<RuntimeOptions>,
     },
@@ -116,8 +120,8 @@ pub fn run(args: CartridgeArgs) -> Result<(), CliError> {
             Ok(())
         }
         CartridgeCommand::List { cartridge_dir, json } => list(&cartridge_dir, json),
-        CartridgeCommand::Prefill { document, output, runtime } => {
-            prefill(&document, &output, &runtime)
+        CartridgeCommand::Prefill { document, output, force, runtime } => {
+            prefill(&document, &output, force, &runtime)
         }
     }
 }
@@ -135,10 +139,7 @@ fn write(
     match path.extension().and_then(|e| e.to_str()) {
         Some("pt") => Ok(write_torch(path, cartridge, style, naming)?),
         Some("safetensors") => Ok(write_safetensors(path, cartridge)?),
-        _ => Err(CliError::Usage(format!(
-            "{}: the output must end in .pt or .safetensors",
-            path.display()
-        ))),
+        _ => Err(wrong_extension(path)),
     }
 }
 
@@ -224,7 +225,84 @@ fn list(dir: &Path, as_json: bool) -> Result<(), CliError> {
     Ok(())
 }
 
-fn prefill(document: &Path, output: &Path, runtime: &RuntimeOptions) -> Result<(), CliError> {
+/// Refuses an output that cannot be written before the time to compute it is spent.
+fn check_output(path: &Path) -> Result<(), CliError> {
+    if !matches!(path.extension().and_then(|e| e.to_str()), Some("pt" | "safetensors")) {
+        return Err(wrong_extension(path));
+    }
+    match path.parent() {
+        Some(parent) if parent != Path::new("") && !parent.is_dir() => Err(CliError::Usage(
+            format!("{}: the folder {} does not exist", path.display(), parent.display()),
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn wrong_extension(path: &Path) -> CliError {
+    CliError::Usage(format!("{}: the output must end in .pt or .safetensors", path.display()))
+}
+
+fn render(
+    template: &ChatTemplate,
+    messages: &[Value],
+    add_generation_prompt: bool,
+) -> Result<String, CliError> {
+    Ok(template.render(&TemplateRequest {
+        messages,
+        tools: None,
+        add_generation_prompt,
+        continue_final_message: false,
+        kwargs: &Map::new(),
+    })?)
+}
+
+/// Why a request with the cartridge of `tokens`, the system message alone, would see something else than
+/// one with that system message. `None` if it sees the same.
+fn mismatch(
+    model: &LoadedModel,
+    template: &ChatTemplate,
+    system: &Value,
+    tokens: &[u32],
+) -> Result<Option<String>, CliError> {
+    let user = json!({"role": "user", "content": "Hello"});
+    let whole = render(template, &[system.clone(), user.clone()], true)?;
+    let whole = model.tokenizer.encode(&whole, false)?;
+    let Some(wanted) = whole.strip_prefix(tokens) else {
+        return Ok(Some(
+            "it writes a system message differently when a user's message follows (some templates put \
+             it into the user's message)"
+                .to_owned(),
+        ));
+    };
+    // What the server sends beside a cartridge.
+    let request = match model.is_llama3 {
+        true => llama3_cartridge_prompt(&[user], true, false)?,
+        false => render(template, &[user], true)?,
+    };
+    let request = model.tokenizer.encode(&request, false)?;
+    if request == wanted {
+        return Ok(None);
+    }
+    let text = |ids: &[u32]| model.tokenizer.decode(ids, false);
+    Ok(Some(match request.strip_suffix(wanted) {
+        Some(extra) => {
+            format!("it starts a chat that has no system message with {:?}", text(extra)?)
+        }
+        None => format!(
+            "after the system message it writes {:?}, without one {:?}",
+            text(wanted)?,
+            text(&request)?
+        ),
+    }))
+}
+
+fn prefill(
+    document: &Path,
+    output: &Path,
+    force: bool,
+    runtime: &RuntimeOptions,
+) -> Result<(), CliError> {
+    check_output(output)?;
     runtime.set_threads()?;
     let text = std::fs::read_to_string(document)
         .map_err(|source| CliError::Io { path: document.to_owned(), source })?;
@@ -233,14 +311,20 @@ fn prefill(document: &Path, output: &Path, runtime: &RuntimeOptions) -> Result<(
     let Some(template) = &loaded.chat_template else {
         return Err(CliError::Usage(format!("model {} has no chat template", loaded.name)));
     };
-    let prompt = template.render(&TemplateRequest {
-        messages: &[json!({"role": "system", "content": text.trim_end()})],
-        tools: None,
-        add_generation_prompt: false,
-        continue_final_message: false,
-        kwargs: &Map::new(),
-    })?;
-    let tokens = loaded.tokenizer.encode(&prompt, false)?;
+    let system = json!({"role": "system", "content": text.trim_end()});
+    let tokens =
+        loaded.tokenizer.encode(&render(template, std::slice::from_ref(&system), false)?, false)?;
+    if let Some(reason) = mismatch(&loaded, template, &system, &tokens)? {
+        let message = format!(
+            "requests with this cartridge would not be answered as with the document in their system \
+             message, because of the chat template of {}: {reason}",
+            loaded.name
+        );
+        if !force {
+            return Err(CliError::Usage(format!("{message}; --force writes it all the same")));
+        }
+        tracing::warn!("{message}");
+    }
     if tokens.is_empty() || tokens.len() >= config.max_positions {
         return Err(CliError::Usage(format!(
             "{} has {} tokens; the model's context is {}",

@@ -48,6 +48,34 @@ pub struct ModelConfig {
     pub max_positions: usize,
     pub tie_word_embeddings: bool,
     pub qk_norm: bool,
+    pub biases: Biases,
+}
+
+/// Biases a checkpoint must have. Where it says none, one that is there is used all the same.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Biases {
+    /// Of the query, key and value projections.
+    pub qkv: bool,
+    /// Of the attention's output projection.
+    pub o: bool,
+    /// Of the three MLP projections.
+    pub mlp: bool,
+}
+
+/// The trained context, cut to the sliding window: within the window full attention is the same
+/// function, beyond it this decoder would not be.
+pub(super) fn within_window(positions: usize, window: Option<usize>) -> usize {
+    match window {
+        Some(window) if window < positions => {
+            tracing::warn!(
+                window,
+                positions,
+                "sliding-window attention is not computed: context is limited to the window"
+            );
+            window
+        }
+        _ => positions,
+    }
 }
 
 impl ModelConfig {
@@ -149,28 +177,31 @@ impl Fields<'_> {
             max_positions: self.max_positions()?,
             tie_word_embeddings: self.json["tie_word_embeddings"].as_bool().unwrap_or(false),
             qk_norm: architecture == Architecture::Qwen3,
+            biases: self.biases(architecture),
         };
         config.validate(self.file)
     }
 
-    /// The trained context, cut to the sliding window: within the window full attention is the same
-    /// function, beyond it this decoder would not be.
     fn max_positions(&self) -> Result<usize, ModelError> {
         let positions = self.required("max_position_embeddings")?;
         let windowed = match self.json["use_sliding_window"].as_bool() {
             Some(used) => used,
             None => self.json["model_type"] == "mistral",
         };
-        match self.optional("sliding_window")? {
-            Some(window) if windowed && window < positions => {
-                tracing::warn!(
-                    window,
-                    positions,
-                    "sliding-window attention is not computed: context is limited to the window"
-                );
-                Ok(window)
-            }
-            _ => Ok(positions),
+        let window = self.optional("sliding_window")?.filter(|_| windowed);
+        Ok(within_window(positions, window))
+    }
+
+    fn biases(&self, architecture: Architecture) -> Biases {
+        let flag = |name: &str| self.json[name].as_bool().unwrap_or(false);
+        let attention = match architecture {
+            Architecture::Llama | Architecture::Qwen3 => flag("attention_bias"),
+            Architecture::Mistral | Architecture::Qwen2 => false,
+        };
+        Biases {
+            qkv: attention || architecture == Architecture::Qwen2,
+            o: attention,
+            mlp: architecture == Architecture::Llama && flag("mlp_bias"),
         }
     }
 

@@ -7,12 +7,12 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use candle_core::quantized::gguf_file::{Content, Value};
-use candle_core::quantized::tokenizer::TokenizerFromGguf;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{Device, Tensor};
 
+use super::config::{Biases, within_window};
 use super::weights::{Matrix, WeightReader};
-use super::{Architecture, ModelConfig, ModelError};
+use super::{Architecture, ModelConfig, ModelError, gguf_tokenizer};
 use crate::ops::RopeScaling;
 
 /// An open `.gguf` file.
@@ -36,17 +36,18 @@ impl GgufFile {
         Ok(Self { name, content, file: Mutex::new(file), config })
     }
 
+    /// The file's path, for messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     pub fn config(&self) -> ModelConfig {
         self.config.clone()
     }
 
     /// The tokenizer built from the file's vocabulary and merges.
     pub fn tokenizer(&self) -> Result<tokenizers::Tokenizer, ModelError> {
-        tokenizers::Tokenizer::from_gguf(&self.content).map_err(|e| ModelError::Unsupported {
-            file: self.name.clone(),
-            what: format!("its tokenizer ({e})"),
-            hint: "put the model's tokenizer.json beside the .gguf file".to_owned(),
-        })
+        gguf_tokenizer::build(&self.content, &self.name)
     }
 
     pub fn chat_template(&self) -> Option<&str> {
@@ -217,13 +218,22 @@ impl Metadata<'_> {
             .get("general.architecture")
             .and_then(|v| v.to_string().ok())
             .map_or("(none)", String::as_str);
-        let architecture =
-            Architecture::from_name(arch).ok_or_else(|| ModelError::Unsupported {
-                file: self.name.to_owned(),
-                what: format!("GGUF architecture {arch}"),
-                hint: "supported are llama, qwen2 and qwen3".to_owned(),
+        // llama.cpp converts Mistral to its `llama`; a file that says `mistral` is of unknown origin.
+        let architecture = Architecture::from_name(arch)
+            .filter(|architecture| *architecture != Architecture::Mistral)
+            .ok_or_else(|| {
+                self.unsupported(
+                    format!("GGUF architecture {arch}"),
+                    "supported are llama (Mistral too), qwen2 and qwen3",
+                )
             })?;
         let key = |name: &str| format!("{arch}.{name}");
+        if let Some(experts) = self.count(&key("expert_count")).filter(|count| *count > 0) {
+            return Err(self.unsupported(
+                format!("a mixture of {experts} experts"),
+                "use a dense model of that family",
+            ));
+        }
         let hidden_size = self.required(&key("embedding_length"))?;
         let heads = self.required(&key("attention.head_count"))?;
         let rope_scaling = match self.string(&key("rope.scaling.type")) {
@@ -232,11 +242,10 @@ impl Metadata<'_> {
                 factor: self.float(&key("rope.scaling.factor")).unwrap_or(1.0),
             },
             Some(other) => {
-                return Err(ModelError::Unsupported {
-                    file: self.name.to_owned(),
-                    what: format!("RoPE scaling {other}"),
-                    hint: "supported are none, linear and frequency factors".to_owned(),
-                });
+                return Err(self.unsupported(
+                    format!("RoPE scaling {other}"),
+                    "supported are none, linear and frequency factors",
+                ));
             }
         };
         let tokens = self.content.metadata.get("tokenizer.ggml.tokens");
@@ -244,6 +253,17 @@ impl Metadata<'_> {
             Some(size) => size,
             None => tokens.and_then(|t| t.to_vec().ok()).map_or(0, Vec::len),
         };
+        let head_dim = match self.count(&key("attention.key_length")) {
+            Some(head_dim) => head_dim,
+            None => hidden_size / heads.max(1),
+        };
+        let rotated = self.count(&key("rope.dimension_count")).unwrap_or(head_dim);
+        if rotated != head_dim {
+            return Err(self.unsupported(
+                format!("rotating {rotated} of {head_dim} dimensions per head"),
+                "all of them must be",
+            ));
+        }
         let config = ModelConfig {
             architecture,
             vocab_size,
@@ -252,19 +272,25 @@ impl Metadata<'_> {
             layers: self.required(&key("block_count"))?,
             heads,
             kv_heads: self.count(&key("attention.head_count_kv")).unwrap_or(heads),
-            head_dim: match self.count(&key("attention.key_length")) {
-                Some(head_dim) => head_dim,
-                None => hidden_size / heads.max(1),
-            },
+            head_dim,
             rms_norm_eps: self.float(&key("attention.layer_norm_rms_epsilon")).unwrap_or(1e-6),
             rope_theta: self.float(&key("rope.freq_base")).unwrap_or(10_000.0),
             rope_scaling,
             rope_scaling_json: None,
-            max_positions: self.required(&key("context_length"))?,
+            max_positions: within_window(
+                self.required(&key("context_length"))?,
+                self.count(&key("attention.sliding_window")).filter(|window| *window > 0),
+            ),
             tie_word_embeddings: !self.content.tensor_infos.contains_key("output.weight"),
             qk_norm: architecture == Architecture::Qwen3,
+            // GGUF has no flag for the biases of a Llama: they are used where the file has them.
+            biases: Biases { qkv: architecture == Architecture::Qwen2, ..Biases::default() },
         };
         config.validate(self.name)
+    }
+
+    fn unsupported(&self, what: String, hint: &str) -> ModelError {
+        ModelError::Unsupported { file: self.name.to_owned(), what, hint: hint.to_owned() }
     }
 
     fn required(&self, key: &str) -> Result<usize, ModelError> {

@@ -9,7 +9,7 @@ use super::gguf::GgufFile;
 use super::source::ModelFiles;
 use super::weights::{FileBytes, SafetensorsReader, build};
 use super::{Decoder, ModelConfig, ModelError, ModelSource};
-use crate::text::{ChatTemplate, Tokenizer};
+use crate::text::{ChatTemplate, TextError, Tokenizer};
 
 /// Block formats weights can be quantised to while they are loaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,64 +63,92 @@ pub struct LoadedModel {
 }
 
 /// Finds, reads and builds a model.
+///
+/// # Errors
+/// [`ModelError`] for files that are missing, broken or of a kind that would be computed wrongly.
 pub fn load(source: &ModelSource, options: &LoadOptions) -> Result<LoadedModel, ModelError> {
     let files = source.files()?;
     let name = options.name.clone().unwrap_or_else(|| source.default_name());
-    let tokenizer_json = |file: &str| match files.read(file)? {
-        Some(bytes) => parse_json(&bytes, &files.describe(file)),
-        None => Ok(Value::Object(Map::new())),
-    };
-    let tokenizer_config = tokenizer_json("tokenizer_config.json")?;
-    let template_file = files.read("chat_template.jinja")?;
-    let template_file = template_file.as_deref().map(String::from_utf8_lossy);
-    let mut chat_template = ChatTemplate::from_config(&tokenizer_config, template_file.as_deref())?;
-
-    let (decoder, tokenizer, mut eos_token_ids) = match source {
-        ModelSource::Gguf(path) => {
-            if options.quantize.is_some() {
-                return Err(ModelError::Unsupported {
-                    file: path.display().to_string(),
-                    what: "--quantize on a GGUF file".to_owned(),
-                    hint: "its weights are quantised as they are; drop the option".to_owned(),
-                });
-            }
-            let gguf = GgufFile::open(path)?;
-            let tokenizer = match files.read("tokenizer.json")? {
-                Some(bytes) => Tokenizer::from_bytes(&bytes)?,
-                None => Tokenizer::from_inner(gguf.tokenizer()?),
-            };
-            if chat_template.is_none() {
-                chat_template = gguf_template(&gguf, &tokenizer)?;
-            }
-            let eos = ["eos", "eot", "eom"].iter().filter_map(|kind| gguf.special_token(kind));
-            (build(gguf.config(), &gguf)?, tokenizer, eos.collect())
-        }
-        _ => {
-            let tokenizer = Tokenizer::from_bytes(&files.require("tokenizer.json")?)?;
-            let decoder = safetensors_decoder(&files, options.quantize)?;
-            let json = parse_json(&files.require("config.json")?, "config.json")?;
-            (decoder, tokenizer, read_eos_ids(&json))
-        }
-    };
-    // generation_config.json has the last word on end tokens, as in transformers.
-    if let Some(bytes) = files.read("generation_config.json")? {
-        let json = parse_json(&bytes, &files.describe("generation_config.json"))?;
-        let ids = read_eos_ids(&json);
-        if !ids.is_empty() {
-            eos_token_ids = ids;
-        }
+    match source.gguf(&files)? {
+        Some(path) if options.quantize.is_some() => Err(ModelError::Unsupported {
+            file: path.display().to_string(),
+            what: "--quantize on a GGUF file".to_owned(),
+            hint: "its weights are quantised as they are; drop the option".to_owned(),
+        }),
+        Some(path) => load_gguf(name, &GgufFile::open(&path)?, &files),
+        None => load_safetensors(name, &files, options.quantize),
     }
-    let template_eos = match &tokenizer_config["eos_token"] {
-        Value::String(token) => Some(token.as_str()),
-        token => token["content"].as_str(),
+}
+
+/// A folder or repository in Hugging Face layout.
+///
+/// The weights are read last: from the hub, a cached `config.json` then means that every optional file
+/// has been asked for.
+fn load_safetensors(
+    name: String,
+    files: &ModelFiles,
+    quantize: Option<Quantize>,
+) -> Result<LoadedModel, ModelError> {
+    let tokenizer_config = read_json(files, "tokenizer_config.json")?;
+    let chat_template = neighbour_template(files, &tokenizer_config)?;
+    let tokenizer = files.require("tokenizer.json")?;
+    let generation = read_json(files, "generation_config.json")?;
+    let config_json = files.require("config.json")?;
+    let config = ModelConfig::from_json(&config_json, &files.describe("config.json"))?;
+    let tokenizer = parse_tokenizer(&tokenizer)?;
+    let tokenizer = checked_tokenizer(tokenizer, &config, &files.describe("tokenizer.json"))?;
+    // generation_config.json has the last word on end tokens, as in transformers.
+    let mut eos_token_ids = read_eos_ids(&generation);
+    if eos_token_ids.is_empty() {
+        eos_token_ids = read_eos_ids(&parse_json(&config_json, &files.describe("config.json"))?);
+    }
+    eos_token_ids.extend(template_eos(&tokenizer_config, &tokenizer));
+    let decoder = safetensors_decoder(files, config, quantize)?;
+    Ok(assemble(name, decoder, tokenizer, chat_template, eos_token_ids))
+}
+
+/// A `.gguf` file. What it carries itself is what its weights were made with; the files beside it may
+/// belong to another model, so they only fill gaps.
+fn load_gguf(name: String, gguf: &GgufFile, files: &ModelFiles) -> Result<LoadedModel, ModelError> {
+    let (tokenizer, tokenizer_file) = match gguf.tokenizer() {
+        Ok(tokenizer) => (tokenizer, gguf.name().to_owned()),
+        Err(unsupported @ ModelError::Unsupported { .. }) => {
+            let bytes = files.read("tokenizer.json")?.ok_or(unsupported)?;
+            (parse_tokenizer(&bytes)?, files.describe("tokenizer.json"))
+        }
+        Err(error) => return Err(error),
     };
-    eos_token_ids.extend(template_eos.and_then(|token| tokenizer.token_id(token)));
+    let tokenizer = checked_tokenizer(tokenizer, &gguf.config(), &tokenizer_file)?;
+    let chat_template = match gguf_template(gguf, &tokenizer)? {
+        Some(template) => Some(template),
+        None => neighbour_template(files, &read_json(files, "tokenizer_config.json")?)?,
+    };
+    let own = ["eos", "eot", "eom"].iter().filter_map(|kind| gguf.special_token(kind));
+    let mut eos_token_ids: Vec<u32> = own.collect();
+    if eos_token_ids.is_empty() {
+        eos_token_ids = read_eos_ids(&read_json(files, "generation_config.json")?);
+    }
+    if eos_token_ids.is_empty() {
+        let tokenizer_config = read_json(files, "tokenizer_config.json")?;
+        eos_token_ids.extend(template_eos(&tokenizer_config, &tokenizer));
+    }
+    let decoder = build(gguf.config(), gguf)?;
+    Ok(assemble(name, decoder, tokenizer, chat_template, eos_token_ids))
+}
+
+fn assemble(
+    name: String,
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    chat_template: Option<ChatTemplate>,
+    mut eos_token_ids: Vec<u32>,
+) -> LoadedModel {
     eos_token_ids.sort_unstable();
     eos_token_ids.dedup();
     let is_llama3 = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
         .iter()
         .all(|token| tokenizer.token_id(token).is_some());
-    Ok(LoadedModel { name, decoder, tokenizer, chat_template, eos_token_ids, is_llama3 })
+    LoadedModel { name, decoder, tokenizer, chat_template, eos_token_ids, is_llama3 }
 }
 
 /// The decoder alone, for tools that bring their own token ids.
@@ -128,23 +156,80 @@ pub fn load_decoder(
     source: &ModelSource,
     quantize: Option<Quantize>,
 ) -> Result<Decoder, ModelError> {
-    match source {
-        ModelSource::Gguf(path) => {
-            let gguf = GgufFile::open(path)?;
+    let files = source.files()?;
+    match source.gguf(&files)? {
+        Some(path) => {
+            let gguf = GgufFile::open(&path)?;
             build(gguf.config(), &gguf)
         }
-        _ => safetensors_decoder(&source.files()?, quantize),
+        None => {
+            let config = files.require("config.json")?;
+            let config = ModelConfig::from_json(&config, &files.describe("config.json"))?;
+            safetensors_decoder(&files, config, quantize)
+        }
     }
+}
+
+fn parse_tokenizer(json: &[u8]) -> Result<tokenizers::Tokenizer, ModelError> {
+    let parsed = tokenizers::Tokenizer::from_bytes(json);
+    Ok(parsed.map_err(|e| TextError::Tokenizer { reason: e.to_string() })?)
+}
+
+/// Refuses a tokenizer of another model where that shows: ids the model has no row for. A model with more
+/// rows than the tokenizer has ids is common padding.
+fn checked_tokenizer(
+    tokenizer: tokenizers::Tokenizer,
+    config: &ModelConfig,
+    file: &str,
+) -> Result<Tokenizer, ModelError> {
+    let largest = tokenizer.get_vocab(true).into_values().max().unwrap_or(0);
+    if largest as usize >= config.vocab_size {
+        return Err(ModelError::Invalid {
+            file: file.to_owned(),
+            reason: format!(
+                "the tokenizer has ids up to {largest}, but the model's vocab_size is {}: they do not \
+                 belong together",
+                config.vocab_size
+            ),
+        });
+    }
+    Ok(Tokenizer::from_inner(tokenizer))
+}
+
+/// The chat template of `tokenizer_config.json` and `chat_template.jinja`.
+fn neighbour_template(
+    files: &ModelFiles,
+    tokenizer_config: &Value,
+) -> Result<Option<ChatTemplate>, ModelError> {
+    let file = files.read("chat_template.jinja")?;
+    let file = file.as_deref().map(String::from_utf8_lossy);
+    Ok(ChatTemplate::from_config(tokenizer_config, file.as_deref())?)
+}
+
+/// The `eos_token` of a `tokenizer_config.json`.
+fn template_eos(tokenizer_config: &Value, tokenizer: &Tokenizer) -> Option<u32> {
+    let token = match &tokenizer_config["eos_token"] {
+        Value::String(token) => token,
+        token => token["content"].as_str()?,
+    };
+    tokenizer.token_id(token)
 }
 
 fn safetensors_decoder(
     files: &ModelFiles,
+    config: ModelConfig,
     quantize: Option<Quantize>,
 ) -> Result<Decoder, ModelError> {
-    let file = "config.json";
-    let config = ModelConfig::from_json(&files.require(file)?, &files.describe(file))?;
     let shards = safetensors_files(files)?;
     build(config, &SafetensorsReader::new(&shards, quantize)?)
+}
+
+/// An optional JSON file; an empty object if the model has none of that name.
+fn read_json(files: &ModelFiles, file: &str) -> Result<Value, ModelError> {
+    match files.read(file)? {
+        Some(bytes) => parse_json(&bytes, &files.describe(file)),
+        None => Ok(Value::Object(Map::new())),
+    }
 }
 
 fn parse_json(bytes: &[u8], file: &str) -> Result<Value, ModelError> {

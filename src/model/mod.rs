@@ -7,12 +7,13 @@ mod config;
 mod decoder;
 mod error;
 mod gguf;
+mod gguf_tokenizer;
 mod load;
 mod prefill;
 mod source;
 mod weights;
 
-pub use config::{Architecture, ModelConfig};
+pub use config::{Architecture, Biases, ModelConfig};
 pub use decoder::{Attend, Decoder};
 pub use error::ModelError;
 pub use load::{LoadOptions, LoadedModel, Quantize, load, load_decoder};

@@ -7,48 +7,96 @@ use crate::cartridge::LayerKv;
 use crate::ops::attention::{KvRun, SequenceQueries, segment_attention};
 use crate::ops::{f32_slice, with_f32};
 
+/// Tokens computed at once: activations are held for so many, not for the whole document.
+const CHUNK: usize = 512;
+
 /// Per-layer keys (after RoPE) and values of `tokens` at positions 0, 1, …
 ///
 /// A prompt that continues after such a cartridge sees exactly what it would see after the tokens.
 pub fn prefill(decoder: &Decoder, tokens: &[u32]) -> Result<Vec<LayerKv>> {
-    let positions: Vec<u32> = (0..tokens.len() as u32).collect();
-    let mut recording = Recording { layers: Vec::new() };
-    decoder.forward(tokens, &positions, &mut recording)?;
-    Ok(recording.layers)
+    prefill_chunked(decoder, tokens, CHUNK)
 }
 
-/// Causal attention of one sequence over itself that keeps what it is given.
+fn prefill_chunked(decoder: &Decoder, tokens: &[u32], chunk: usize) -> Result<Vec<LayerKv>> {
+    let layers = decoder.config().layers;
+    let mut recording = Recording { layers: (0..layers).map(|_| Vec::new()).collect() };
+    let mut start = 0;
+    for tokens in tokens.chunks(chunk) {
+        let positions: Vec<u32> = (start..).take(tokens.len()).collect();
+        decoder.forward(tokens, &positions, &mut recording)?;
+        start += tokens.len() as u32;
+    }
+    recording.layers.into_iter().map(joined).collect()
+}
+
+/// Keys and values of a layer, each `[kv_heads, tokens, head_dim]`, from those of its chunks.
+fn joined(chunks: Vec<(Tensor, Tensor)>) -> Result<LayerKv> {
+    let (keys, values): (Vec<_>, Vec<_>) = chunks.into_iter().unzip();
+    Ok(LayerKv { keys: Tensor::cat(&keys, 1)?, values: Tensor::cat(&values, 1)?, bias: None })
+}
+
+/// Causal attention of one sequence over itself, chunk by chunk, that keeps what it is given.
 struct Recording {
-    layers: Vec<LayerKv>,
+    /// Per layer, the keys and values `[kv_heads, tokens, head_dim]` of each chunk so far.
+    layers: Vec<Vec<(Tensor, Tensor)>>,
 }
 
 impl Attend for Recording {
-    fn attend(&mut self, _layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let (tokens, heads, head_dim) = q.dims3()?;
-        let keys = k.transpose(0, 1)?.contiguous()?;
-        let values = v.transpose(0, 1)?.contiguous()?;
-        let out = {
-            let (stored_keys, _) = keys.storage_and_layout();
-            let (stored_values, _) = values.storage_and_layout();
-            let run = KvRun {
-                keys: f32_slice(&stored_keys, &keys)?,
-                values: f32_slice(&stored_values, &values)?,
-                head_stride: tokens * head_dim,
-                len: tokens,
-                bias: None,
-            };
-            let sequence = SequenceQueries {
-                first_row: 0,
-                rows: tokens,
-                shared: Vec::new(),
-                own: vec![run],
-                own_before: 0,
-            };
-            let shape = (heads, k.dim(1)?, head_dim);
-            let scale = 1.0 / (head_dim as f32).sqrt();
-            with_f32(q, |q| Ok(segment_attention(q, shape, scale, &[sequence])))?
-        };
-        self.layers.push(LayerKv { keys, values, bias: None });
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (rows, heads, head_dim) = q.dims3()?;
+        let chunks = &mut self.layers[layer];
+        chunks.push((k.transpose(0, 1)?.contiguous()?, v.transpose(0, 1)?.contiguous()?));
+        let stored: Vec<_> = chunks
+            .iter()
+            .map(|(keys, values)| (keys.storage_and_layout().0, values.storage_and_layout().0))
+            .collect();
+        let own = chunks
+            .iter()
+            .zip(&stored)
+            .map(|((keys, values), (stored_keys, stored_values))| {
+                let len = keys.dim(1)?;
+                Ok(KvRun {
+                    keys: f32_slice(stored_keys, keys)?,
+                    values: f32_slice(stored_values, values)?,
+                    head_stride: len * head_dim,
+                    len,
+                    bias: None,
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let own_before = own.iter().map(|run| run.len).sum::<usize>() - rows;
+        let sequence = SequenceQueries { first_row: 0, rows, shared: Vec::new(), own, own_before };
+        let shape = (heads, k.dim(1)?, head_dim);
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let out = with_f32(q, |q| Ok(segment_attention(q, shape, scale, &[sequence])))?;
         Tensor::from_vec(out, q.shape(), q.device())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{ModelSource, load_decoder};
+    use crate::ops::tests::assert_close;
+
+    #[test]
+    fn chunks_give_the_keys_and_values_of_one_pass() {
+        let decoder = load_decoder(&ModelSource::Demo, None).unwrap();
+        let tokens: Vec<u32> = (0..45).map(|i| i * 7 % 90).collect();
+        let whole = prefill_chunked(&decoder, &tokens, tokens.len()).unwrap();
+        assert_eq!(whole.len(), decoder.config().layers);
+        for chunk in [1, 16, 44] {
+            let parts = prefill_chunked(&decoder, &tokens, chunk).unwrap();
+            assert_eq!(parts.len(), whole.len());
+            for (part, whole) in parts.iter().zip(&whole) {
+                assert_eq!(whole.keys.dim(1).unwrap(), tokens.len());
+                for (part, whole) in [(&part.keys, &whole.keys), (&part.values, &whole.values)] {
+                    // Matrix products of other heights round otherwise, in proportion to the values.
+                    let largest = whole.abs().unwrap().max_all().unwrap();
+                    let largest = largest.to_scalar::<f32>().unwrap();
+                    assert_close(part, whole, 1e-5 * largest.max(1.0));
+                }
+            }
+        }
     }
 }

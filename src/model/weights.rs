@@ -54,15 +54,20 @@ pub(super) fn build(config: ModelConfig, reader: &dyn WeightReader) -> Result<De
     let matrix = |name: &str, shape: (usize, usize)| {
         reader.matrix(name, shape)?.ok_or_else(|| missing(name))
     };
-    let linear = |name: String, (out, input): (usize, usize)| -> Result<Linear, ModelError> {
-        let bias = reader.vector(&format!("{name}.bias"), out)?;
-        Ok(matrix(&format!("{name}.weight"), (out, input))?.into_linear(bias))
-    };
+    let linear =
+        |name: String, (out, input): (usize, usize), biased: bool| -> Result<Linear, ModelError> {
+            let bias_name = format!("{name}.bias");
+            let bias = match biased {
+                true => Some(vector(&bias_name, out)?),
+                false => reader.vector(&bias_name, out)?,
+            };
+            Ok(matrix(&format!("{name}.weight"), (out, input))?.into_linear(bias))
+        };
     let embedding = matrix("model.embed_tokens.weight", (c.vocab_size, c.hidden_size))?;
-    let head = match reader.matrix("lm_head.weight", (c.vocab_size, c.hidden_size))? {
-        Some(head) if !c.tie_word_embeddings => head,
-        _ if c.tie_word_embeddings => embedding.clone(),
-        _ => return Err(missing("lm_head.weight")),
+    // Some files hold a tied head a second time: it is not read.
+    let head = match c.tie_word_embeddings {
+        true => embedding.clone(),
+        false => matrix("lm_head.weight", (c.vocab_size, c.hidden_size))?,
     };
     let (q_width, kv_width) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
     let layers = (0..c.layers)
@@ -74,16 +79,36 @@ pub(super) fn build(config: ModelConfig, reader: &dyn WeightReader) -> Result<De
             };
             Ok(Layer {
                 input_norm: vector(&format!("{p}.input_layernorm.weight"), c.hidden_size)?,
-                q: linear(format!("{p}.self_attn.q_proj"), (q_width, c.hidden_size))?,
-                k: linear(format!("{p}.self_attn.k_proj"), (kv_width, c.hidden_size))?,
-                v: linear(format!("{p}.self_attn.v_proj"), (kv_width, c.hidden_size))?,
-                o: linear(format!("{p}.self_attn.o_proj"), (c.hidden_size, q_width))?,
+                q: linear(format!("{p}.self_attn.q_proj"), (q_width, c.hidden_size), c.biases.qkv)?,
+                k: linear(
+                    format!("{p}.self_attn.k_proj"),
+                    (kv_width, c.hidden_size),
+                    c.biases.qkv,
+                )?,
+                v: linear(
+                    format!("{p}.self_attn.v_proj"),
+                    (kv_width, c.hidden_size),
+                    c.biases.qkv,
+                )?,
+                o: linear(format!("{p}.self_attn.o_proj"), (c.hidden_size, q_width), c.biases.o)?,
                 q_norm: qk_norm("q_norm")?,
                 k_norm: qk_norm("k_norm")?,
                 post_norm: vector(&format!("{p}.post_attention_layernorm.weight"), c.hidden_size)?,
-                gate: linear(format!("{p}.mlp.gate_proj"), (c.intermediate_size, c.hidden_size))?,
-                up: linear(format!("{p}.mlp.up_proj"), (c.intermediate_size, c.hidden_size))?,
-                down: linear(format!("{p}.mlp.down_proj"), (c.hidden_size, c.intermediate_size))?,
+                gate: linear(
+                    format!("{p}.mlp.gate_proj"),
+                    (c.intermediate_size, c.hidden_size),
+                    c.biases.mlp,
+                )?,
+                up: linear(
+                    format!("{p}.mlp.up_proj"),
+                    (c.intermediate_size, c.hidden_size),
+                    c.biases.mlp,
+                )?,
+                down: linear(
+                    format!("{p}.mlp.down_proj"),
+                    (c.hidden_size, c.intermediate_size),
+                    c.biases.mlp,
+                )?,
             })
         })
         .collect::<Result<Vec<_>, ModelError>>()?;

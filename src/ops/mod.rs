@@ -1,4 +1,4 @@
-//! Differentiable building blocks of the decoder, each with forward and backward.
+//! Building blocks of the decoder, with forward and backward; [`attention`] is forward only so far.
 //!
 //! candle's fused `rms_norm`, `rope` and quantised product drop the gradient without an error, so the
 //! decoder uses these instead. The backward passes are written with plain tensor operations and need no
