@@ -42,8 +42,12 @@ pub const MAX_PICKLE_BYTES: u64 = 16 << 20;
 pub const MAX_PICKLE_OBJECTS: usize = 1_000_000;
 /// Records in the zip directory of a `.pt` file.
 pub const MAX_ZIP_RECORDS: usize = 65_536;
+/// Bytes of the zip directory of a `.pt` file; torch writes about a hundred for a tensor.
+pub const MAX_ZIP_DIRECTORY_BYTES: u64 = 16 << 20;
 /// Layers of a cartridge.
 pub const MAX_CARTRIDGE_LAYERS: usize = 1024;
+/// Bytes of a cartridge file beyond the numbers the budget has room for: headers, other entries.
+pub const CARTRIDGE_FILE_SLACK_BYTES: u64 = 64 << 20;
 /// Tokens of a cartridge.
 pub const MAX_CARTRIDGE_TOKENS: usize = 1 << 22;
 /// Bytes of a `config.yaml` beside a cartridge; a larger one is ignored with a warning (it is advisory).

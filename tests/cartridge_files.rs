@@ -94,9 +94,7 @@ fn one_content_has_one_generation_in_every_container() {
     }
     let text = reference.to_hex();
     assert_eq!(text.len(), 64);
-    assert_eq!(text.parse(), Ok(reference));
     assert!(text.starts_with(&reference.short()));
-    assert!("xyz".parse::<cartouche::cartridge::Generation>().is_err());
 }
 
 /// Pins the digest: if this fails, the identity of every existing cartridge has changed.
@@ -227,4 +225,20 @@ fn limits_are_checked_before_reading() {
         panic!("{error:?}");
     };
     assert_eq!(name, "absent.pt");
+}
+
+/// A trainer hands over views; attention would fail on them for all requests of a step.
+#[test]
+fn tensors_that_are_views_are_made_contiguous() {
+    let layer = good("list_f32").layers()[0].clone();
+    let view =
+        |t: &Tensor| t.transpose(0, 1).unwrap().contiguous().unwrap().transpose(0, 1).unwrap();
+    let bias = Tensor::zeros((5, 2), DType::F32, &Device::Cpu).unwrap().t().unwrap();
+    let views = LayerKv { keys: view(&layer.keys), values: view(&layer.values), bias: Some(bias) };
+    assert!(!views.keys.is_contiguous());
+    let cartridge = Cartridge::new(vec![views], 1, Provenance::default()).unwrap();
+    let kept = &cartridge.layers()[0];
+    for tensor in [&kept.keys, &kept.values, kept.bias.as_ref().unwrap()] {
+        assert!(tensor.is_contiguous());
+    }
 }

@@ -295,3 +295,49 @@ fn no_mutated_pickle_makes_the_reader_panic() {
     }
     assert!(refused > 2500 && accepted > 50, "{refused} refused, {accepted} accepted");
 }
+
+/// The zip reader takes memory for the records that a directory claims before it reads any.
+#[test]
+fn directories_of_too_many_records_are_refused_by_their_claim() {
+    let end64 = |claimed: u64| {
+        let mut zip = zipped(&[("x/data.pkl".into(), b"\x80\x02N.".to_vec())]);
+        let end = zip.split_off(zip.len() - 22);
+        let (size, start) = (&end[12..16], &end[16..20]);
+        let at = zip.len() as u64;
+        zip.extend(b"PK\x06\x06");
+        zip.extend(44u64.to_le_bytes());
+        zip.extend([45, 0, 45, 0]);
+        zip.extend([0; 8]);
+        zip.extend(claimed.to_le_bytes());
+        zip.extend(claimed.to_le_bytes());
+        zip.extend([size, &[0; 4], start, &[0; 4]].concat());
+        zip.extend(b"PK\x06\x07");
+        zip.extend(0u32.to_le_bytes());
+        zip.extend(at.to_le_bytes());
+        zip.extend(1u32.to_le_bytes());
+        zip.extend(b"PK\x05\x06\0\0\0\0");
+        zip.extend([0xff; 12]);
+        zip.extend([0, 0]);
+        zip
+    };
+    let error = read_cartridge_bytes(&end64(1), "x").unwrap_err().to_string();
+    assert!(error.contains("top level"), "an honest zip64 is read: {error}");
+    for claimed in [65_537, 1 << 40, u64::MAX] {
+        // Also where a comment hides the record that counts.
+        let hidden = [end64(claimed), b"PK\x05\x06 no end record".to_vec()].concat();
+        for bytes in [end64(claimed), hidden] {
+            match read_cartridge_bytes(&bytes, "x") {
+                Err(CartridgeError::TooLarge { what: "zip records", size, .. }) => {
+                    assert_eq!(size, claimed)
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    let long = |i| (format!("x/{i}{}", "-".repeat(60_000)), Vec::new());
+    let error = read_cartridge_bytes(&zipped(&(0..300).map(long).collect::<Vec<_>>()), "x");
+    match error {
+        Err(CartridgeError::TooLarge { what: "bytes of zip directory", .. }) => {}
+        other => panic!("{other:?}"),
+    }
+}

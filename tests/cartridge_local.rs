@@ -9,7 +9,7 @@ use std::{
 
 use candle_core::{DType, Device};
 use cartouche::cartridge::{
-    CartridgeError, CartridgeRef, KvShape, Lease, LocalFolder, Registry, RegistryOptions, Source,
+    CartridgeError, CartridgeRef, KvShape, Lease, Origin, Registry, RegistryOptions, Source,
     read_cartridge, write_config_yaml, write_safetensors,
 };
 
@@ -32,6 +32,7 @@ fn registry(dir: &Path) -> Arc<Registry> {
         shape: KvShape { layers: 2, kv_heads: 2, head_dim: 4 },
         model: "demo".into(),
         rope_theta: None,
+        rope_scaling: None,
         max_positions: 64,
         device: Device::Cpu,
         dtype: DType::F32,
@@ -137,7 +138,7 @@ async fn ids_that_share_a_folder_are_told_apart_by_its_record() {
     let registry = registry(dir.path());
     put(dir.path(), "a-b/cartridge.pt", "good/list_bf16.pt");
     acquire(&registry, "a/b").await.unwrap();
-    LocalFolder::new(dir.path().to_owned()).record_id("a/b").unwrap();
+    fs::write(dir.path().join("a-b/cartridge.id"), "a/b").unwrap();
     acquire(&registry, "a/b").await.unwrap();
     let error = acquire(&registry, "a-b").await.unwrap_err();
     assert!(matches!(error, CartridgeError::InvalidId { .. }), "{error}");
@@ -190,4 +191,52 @@ async fn links_out_and_special_files_are_refused() {
     symlink("/dev/zero", dir.join("linked_file/other")).unwrap();
     symlink("loop", dir.join("loop")).unwrap();
     assert!(matches!(acquire(&registry, "loop").await, Err(CartridgeError::Io { .. })));
+}
+
+/// Requests for a deleted file get 404, so it is no resident any more: only what is lent stays.
+#[tokio::test]
+async fn a_deleted_file_is_not_listed_as_resident() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = registry(dir.path());
+    put(dir.path(), "a/cartridge.pt", "good/list_bf16.pt");
+    put(dir.path(), "b/cartridge.pt", "good/list_f32.pt");
+    let lease = acquire(&registry, "a").await.unwrap();
+    acquire(&registry, "b").await.unwrap();
+    for folder in ["a", "b"] {
+        fs::remove_dir_all(dir.path().join(folder)).unwrap();
+    }
+    let list = registry.list();
+    let brief: Vec<_> =
+        list.iter().map(|i| (i.id.as_str(), i.resident, i.retired, i.leases)).collect();
+    assert_eq!(brief, [("a", false, true, 1)]);
+    drop(lease);
+    assert!(registry.list().is_empty());
+    put(dir.path(), "a/cartridge.pt", "good/list_bf16.pt");
+    acquire(&registry, "a").await.unwrap();
+    assert!(registry.list()[0].resident);
+}
+
+#[tokio::test]
+async fn the_list_says_where_each_cartridge_comes_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = registry(dir.path());
+    put(dir.path(), "a-b/cartridge.pt", "good/list_bf16.pt");
+    put(dir.path(), "demo/cartridge.pt", "good/list_f16.pt");
+    let made = |name| read_cartridge(&fixture(name), 1 << 20).unwrap();
+    registry.insert("demo", made("good/list_f32.pt")).unwrap();
+    // Written alike, but another id: the file answers to its own.
+    registry.insert("a/b", made("good/list_f32.pt")).unwrap();
+    let list = registry.list();
+    let brief: Vec<_> = list.iter().map(|i| (i.id.as_str(), i.source, i.resident)).collect();
+    let expected = [
+        ("a/b", Origin::Memory, true),
+        ("demo", Origin::Memory, true),
+        ("a-b", Origin::Local, false),
+    ];
+    assert_eq!(brief, expected);
+    assert_eq!(serde_json::to_value(&list[0]).unwrap()["source"], "memory");
+    acquire(&registry, "a-b").await.unwrap();
+    let listed = registry.list();
+    let file = listed.iter().find(|info| info.id == "a-b").unwrap();
+    assert_eq!((file.source, file.resident, file.pinned), (Origin::Local, true, false));
 }

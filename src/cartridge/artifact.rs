@@ -4,10 +4,8 @@ use std::fmt;
 
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use super::CartridgeError;
-use crate::limits;
+use super::{CartridgeError, Outline, digest::ContentDigest, intake::Intake};
 
 /// SHA-256 of a cartridge's content: its identity, whatever it is called and wherever it came from.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -90,6 +88,8 @@ pub struct Cartridge {
 impl Cartridge {
     /// Checks that all layers agree and computes the generation.
     ///
+    /// Tensors that are not contiguous are copied: attention reads rows one after the other.
+    ///
     /// Keys and values are `[kv_heads, tokens, head_dim]`, of one floating-point type (f16, bf16,
     /// f32) over all layers; a bias is `[kv_heads, tokens]` f32. Whether numbers are finite is
     /// checked by [`super::validate`], not here.
@@ -102,30 +102,24 @@ impl Cartridge {
         frozen_tokens: usize,
         provenance: Provenance,
     ) -> Result<Self, CartridgeError> {
-        let first = layers.first().ok_or_else(|| CartridgeError::invalid("it has no layers"))?;
-        let (kv_heads, tokens, head_dim) = first.keys.dims3().map_err(|_| {
-            let dims = first.keys.dims();
-            CartridgeError::invalid(format!(
-                "layer 0 keys: expected [kv_heads, tokens, head_dim], found {dims:?}"
-            ))
-        })?;
-        let dtype = first.keys.dtype();
-        let shape = KvShape { layers: layers.len(), kv_heads, head_dim };
-        check_sizes(shape, tokens, frozen_tokens)?;
-        if !matches!(dtype, DType::F16 | DType::BF16 | DType::F32) {
-            let reason = format!("layer 0 keys: {dtype:?}; cartridges are f16, bf16 or f32");
-            return Err(CartridgeError::invalid(reason));
+        let mut intake = Intake::as_stored(u64::MAX);
+        intake.begin(Outline::of(&layers, frozen_tokens)?, provenance)?;
+        for tensor in layers.iter().flat_map(LayerKv::tensors) {
+            intake.tensor(tensor)?;
         }
-        for (i, layer) in layers.iter().enumerate() {
-            let dims = [kv_heads, tokens, head_dim];
-            check_tensor(i, "keys", &layer.keys, &dims, dtype)?;
-            check_tensor(i, "values", &layer.values, &dims, dtype)?;
-            if let Some(bias) = &layer.bias {
-                check_tensor(i, "bias", bias, &dims[..2], DType::F32)?;
-            }
-        }
-        let generation = digest(&layers, shape, tokens, dtype, frozen_tokens)?;
-        Ok(Self { layers, shape, tokens, dtype, frozen_tokens, provenance, generation })
+        intake.into_cartridge()
+    }
+
+    /// Layers that an [`Intake`] checked, as `dtype`.
+    pub(super) fn from_parts(
+        layers: Vec<LayerKv>,
+        outline: &Outline,
+        dtype: DType,
+        provenance: Provenance,
+        generation: Generation,
+    ) -> Self {
+        let Outline { shape, tokens, frozen_tokens, .. } = *outline;
+        Self { layers, shape, tokens, dtype, frozen_tokens, provenance, generation }
     }
 
     pub fn layers(&self) -> &[LayerKv] {
@@ -198,78 +192,14 @@ impl Cartridge {
     /// The digest of the tensors as they are now; differs from [`Self::generation`] after a change
     /// of type.
     pub(super) fn present_generation(&self) -> Result<Generation, CartridgeError> {
-        digest(&self.layers, self.shape, self.tokens, self.dtype, self.frozen_tokens)
+        let mut digest = ContentDigest::new(&Outline::of(&self.layers, self.frozen_tokens)?);
+        self.layers.iter().flat_map(LayerKv::tensors).try_for_each(|t| digest.update(t))?;
+        Ok(digest.finish())
     }
 }
 
-fn check_sizes(shape: KvShape, tokens: usize, frozen: usize) -> Result<(), CartridgeError> {
-    let KvShape { layers, kv_heads, head_dim } = shape;
-    if layers > limits::MAX_CARTRIDGE_LAYERS {
-        let limit = limits::MAX_CARTRIDGE_LAYERS as u64;
-        return Err(CartridgeError::too_large("layers", layers as u64, limit));
-    }
-    if tokens > limits::MAX_CARTRIDGE_TOKENS {
-        let limit = limits::MAX_CARTRIDGE_TOKENS as u64;
-        return Err(CartridgeError::too_large("tokens", tokens as u64, limit));
-    }
-    if kv_heads == 0 || tokens == 0 || head_dim == 0 {
-        let reason = format!("empty: {kv_heads} KV heads, {tokens} tokens, head size {head_dim}");
-        return Err(CartridgeError::invalid(reason));
-    }
-    if frozen > tokens {
-        let reason = format!("{frozen} frozen tokens of {tokens} tokens");
-        return Err(CartridgeError::invalid(reason));
-    }
-    Ok(())
-}
-
-fn check_tensor(
-    layer: usize,
-    name: &str,
-    tensor: &Tensor,
-    dims: &[usize],
-    dtype: DType,
-) -> Result<(), CartridgeError> {
-    let (have, kind) = (tensor.dims(), tensor.dtype());
-    if have != dims {
-        let reason = format!("layer {layer} {name}: shape {have:?}, expected {dims:?}");
-        return Err(CartridgeError::invalid(reason));
-    }
-    if kind != dtype {
-        let reason = format!("layer {layer} {name}: type {kind:?}, expected {dtype:?}");
-        return Err(CartridgeError::invalid(reason));
-    }
-    Ok(())
-}
-
-/// Changes when the layout of the digested bytes does, so that old digests can never be taken for
-/// new ones.
-const DIGEST_HEADER: &[u8] = b"cartouche cartridge v1\0";
-
-/// SHA-256 over a header (sizes, type, frozen tokens, which layers have a bias; little-endian u64
-/// each) and every layer's keys, values and bias as little-endian bytes in canonical order.
-fn digest(
-    layers: &[LayerKv],
-    shape: KvShape,
-    tokens: usize,
-    dtype: DType,
-    frozen: usize,
-) -> Result<Generation, CartridgeError> {
-    let mut hash = Sha256::new();
-    hash.update(DIGEST_HEADER);
-    for size in [shape.layers, shape.kv_heads, tokens, shape.head_dim, frozen] {
-        hash.update((size as u64).to_le_bytes());
-    }
-    hash.update(dtype.as_str().as_bytes());
-    hash.update([0]);
-    for layer in layers {
-        hash.update([u8::from(layer.bias.is_some())]);
-    }
-    for tensor in layers.iter().flat_map(LayerKv::tensors) {
-        with_bytes(tensor, |bytes| hash.update(bytes))?;
-    }
-    Ok(Generation(hash.finalize().into()))
-}
+/// The tensors of a layer in canonical order.
+pub(super) const TENSORS: [&str; 3] = ["keys", "values", "bias"];
 
 impl LayerKv {
     /// Keys, values and, where there is one, the bias.

@@ -1,6 +1,6 @@
 //! What can be wrong with a cartridge, told so that the reader knows what to do next.
 
-use super::{Source, artifact::Generation};
+use super::Source;
 
 /// Why a cartridge cannot be read, used or lent.
 ///
@@ -100,26 +100,3 @@ impl CartridgeError {
 
 /// Stands for the name of a cartridge that was made in memory.
 pub(super) const UNNAMED: &str = "(unnamed)";
-
-/// A digest that is not 64 hexadecimal digits.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no cartridge generation: expected 64 hexadecimal digits")]
-pub struct ParseGenerationError(pub(super) String);
-
-impl std::str::FromStr for Generation {
-    type Err = ParseGenerationError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let bad = || ParseGenerationError(text.chars().take(80).collect());
-        let digits = text.as_bytes();
-        if digits.len() != 64 {
-            return Err(bad());
-        }
-        let nibble = |d: u8| (d as char).to_digit(16).map(|v| v as u8).ok_or_else(bad);
-        let mut bytes = [0; 32];
-        for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
-            *byte = nibble(pair[0])? << 4 | nibble(pair[1])?;
-        }
-        Ok(Self(bytes))
-    }
-}

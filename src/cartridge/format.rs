@@ -8,7 +8,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use super::{Cartridge, CartridgeError, safetensors_file, torch_file};
+use super::{Cartridge, CartridgeError, Intake, safetensors_file, torch_file};
 
 /// Every zip file with records starts so.
 const ZIP_MAGIC: &[u8] = b"PK\x03\x04";
@@ -28,38 +28,44 @@ pub fn read_cartridge(path: &Path, max_bytes: u64) -> Result<Cartridge, Cartridg
             return Err(CartridgeError::invalid("it is not a regular file"));
         }
         let file = File::open(path).map_err(|e| CartridgeError::io("open the file", &e))?;
-        read_file(file, max_bytes)
+        let mut intake = Intake::as_stored(max_bytes);
+        read_file(file, &mut intake)?;
+        intake.into_cartridge()
     };
     opened().map_err(|error| error.named(&name))
 }
 
 /// Reads a cartridge that is in memory, for instance built into the program. `name` is for errors.
 pub fn read_cartridge_bytes(bytes: &[u8], name: &str) -> Result<Cartridge, CartridgeError> {
-    let result = if bytes.starts_with(ZIP_MAGIC) {
-        torch_file::read(Cursor::new(bytes), bytes.len() as u64)
-    } else {
-        safetensors_file::read(bytes)
-    };
-    result.map_err(|error| error.named(name))
+    let len = bytes.len() as u64;
+    let mut intake = Intake::as_stored(len);
+    let read = read(Cursor::new(bytes), len, &mut intake).and_then(|()| intake.into_cartridge());
+    read.map_err(|error| error.named(name))
 }
 
 /// Reads an open file. It is read with ordinary reads, not mapped: a file cut short under a mapping
 /// would end the process.
-pub(super) fn read_file(mut file: File, max_bytes: u64) -> Result<Cartridge, CartridgeError> {
+pub(super) fn read_file(file: File, intake: &mut Intake<'_>) -> Result<(), CartridgeError> {
+    let len = file.metadata().map_err(|e| CartridgeError::io("read the file", &e))?.len();
+    if len > intake.max_bytes() {
+        return Err(CartridgeError::too_large("bytes", len, intake.max_bytes()));
+    }
+    read(BufReader::new(file), len, intake)
+}
+
+fn read(
+    mut source: impl Read + Seek,
+    len: u64,
+    intake: &mut Intake<'_>,
+) -> Result<(), CartridgeError> {
     let failed = |e| CartridgeError::io("read the file", &e);
-    let len = file.metadata().map_err(failed)?.len();
-    if len > max_bytes {
-        return Err(CartridgeError::too_large("bytes", len, max_bytes));
-    }
     let mut magic = Vec::with_capacity(ZIP_MAGIC.len());
-    Read::by_ref(&mut file).take(ZIP_MAGIC.len() as u64).read_to_end(&mut magic).map_err(failed)?;
-    file.seek(SeekFrom::Start(0)).map_err(failed)?;
+    let start = Read::by_ref(&mut source).take(ZIP_MAGIC.len() as u64).read_to_end(&mut magic);
+    start.and_then(|_| source.seek(SeekFrom::Start(0))).map_err(failed)?;
     if magic == ZIP_MAGIC {
-        return torch_file::read(BufReader::new(file), len);
+        return torch_file::read(source, len, intake);
     }
-    let mut bytes = Vec::with_capacity(usize::try_from(len).unwrap_or(0));
-    file.take(max_bytes).read_to_end(&mut bytes).map_err(failed)?;
-    safetensors_file::read(&bytes)
+    safetensors_file::read(source, len, intake)
 }
 
 /// Replaces `path` as a whole: readers see the old file or the new one, never a part, also after a

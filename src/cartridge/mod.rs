@@ -6,8 +6,10 @@
 
 mod artifact;
 mod config_yaml;
+mod digest;
 mod error;
 mod format;
+mod intake;
 mod lease;
 mod pickle;
 mod pickle_objects;
@@ -18,18 +20,21 @@ mod residents;
 mod safetensors_file;
 mod sanitize;
 mod sources;
+mod staging;
 mod torch_file;
 mod torch_layout;
 mod torch_view;
 mod torch_write;
 mod validate;
+mod zip_directory;
 
 pub use artifact::{Cartridge, Generation, KvShape, LayerKv, Provenance};
 pub use config_yaml::{ConfigYaml, read_config_yaml, write_config_yaml};
-pub use error::{CartridgeError, ParseGenerationError};
+pub use error::CartridgeError;
 pub use format::{read_cartridge, read_cartridge_bytes};
+pub use intake::{Intake, Keep, Outline};
 pub use lease::Lease;
-pub use reference::{CartridgeRef, Source};
+pub use reference::{CartridgeRef, Origin, Source};
 pub use registry::{CartridgeInfo, Registry, RegistryOptions};
 pub use safetensors_file::write_safetensors;
 pub use sanitize::folder_name;

@@ -15,6 +15,17 @@ pub enum Source {
     Huggingface,
 }
 
+/// Where a listed cartridge comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Origin {
+    /// Built in or made by this process: it has no file, and is found whatever [`Source`] a request
+    /// names.
+    Memory,
+    /// A file below the cartridge directory.
+    Local,
+}
+
 /// One entry of a request's `cartridges` list. Unknown keys are ignored, as in Tokasaurus.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct CartridgeRef {

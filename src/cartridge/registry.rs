@@ -4,6 +4,7 @@
 //! share memory, and a replaced file is a new generation while running requests keep the old one.
 
 use std::{
+    collections::HashSet,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -14,11 +15,9 @@ use tokio::sync::{Semaphore, watch};
 
 use super::{
     Cartridge, CartridgeError, CartridgeRef, FileSource, Generation, KvShape, Lease, LocalFolder,
-    RemoteSource, Source, Stamp, folder_name, provenance_warnings,
-    residents::{Reservation, Residents},
+    Origin, RemoteSource, Source, Stamp, folder_name,
+    residents::Residents,
     sources::{NoDownload, not_found},
-    validate,
-    validate::check_finite,
 };
 use crate::limits;
 
@@ -33,14 +32,16 @@ pub struct RegistryOptions {
     pub model: String,
     /// RoPE base of the served model, likewise; `None` compares nothing.
     pub rope_theta: Option<f64>,
+    /// RoPE scaling of the served model as in its `config.json`, likewise.
+    pub rope_scaling: Option<serde_json::Value>,
     /// Positions of the model; a cartridge must leave at least one.
     pub max_positions: usize,
     /// Where and as what cartridges are kept.
     pub device: Device,
     pub dtype: DType,
-    /// Memory for all residents, inserted ones included.
+    /// Memory for all residents, inserted ones included, and for those being read.
     pub byte_budget: u64,
-    /// Nothing of a larger file is read.
+    /// Nothing of a larger file is read, nor of one that cannot fit the budget.
     pub max_file_bytes: u64,
 }
 
@@ -48,11 +49,11 @@ pub struct RegistryOptions {
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct CartridgeInfo {
     pub id: String,
-    pub source: Source,
+    pub source: Origin,
     /// In memory, ready for the next request. A file that was not used yet is registered, not
     /// resident.
     pub resident: bool,
-    /// Replaced under its name, kept only by the leases of running requests.
+    /// Replaced or deleted under its name, kept only by the leases of running requests.
     pub retired: bool,
     /// Never evicted.
     pub pinned: bool,
@@ -74,7 +75,7 @@ type Flight = watch::Receiver<Option<Loaded>>;
 /// Lends cartridges to requests. Cheap to share: methods take `&self` and hold no lock while they
 /// wait.
 pub struct Registry {
-    options: RegistryOptions,
+    pub(super) options: RegistryOptions,
     files: Option<Arc<dyn FileSource>>,
     remote: Arc<dyn RemoteSource>,
     residents: Mutex<Residents>,
@@ -117,12 +118,14 @@ impl Registry {
     /// earlier one of that id: requests that run keep theirs.
     ///
     /// # Errors
-    /// Those of [`folder_name`] and [`validate`]; [`CartridgeError::Busy`] or
+    /// Those of [`folder_name`] and [`super::validate`]; [`CartridgeError::Busy`] or
     /// [`CartridgeError::TooLarge`] if it does not fit the budget.
     pub fn insert(&self, id: &str, cartridge: Cartridge) -> Result<Generation, CartridgeError> {
         let insert = || {
             folder_name(id)?;
-            let cartridge = self.stage(cartridge)?;
+            let (mut intake, room) = self.intake(u64::MAX);
+            intake.take(&cartridge)?;
+            let cartridge = self.settle(intake.finish()?, room.take())?;
             let generation = cartridge.generation();
             self.lock().pin(id, generation);
             Ok(generation)
@@ -158,8 +161,11 @@ impl Registry {
             {
                 return Ok(Lease::new(&r.id, cartridge));
             }
-            if seen.is_none() && r.source == Source::Local {
-                return Err(not_found(&r.id));
+            if seen.is_none() {
+                self.lock().forget(&folder);
+                if r.source == Source::Local {
+                    return Err(not_found(&r.id));
+                }
             }
             let (mut flight, started) = self.join_flight(&folder, r)?;
             let loaded = match flight.wait_for(Option::is_some).await {
@@ -181,18 +187,25 @@ impl Registry {
     /// block.
     pub fn list(&self) -> Vec<CartridgeInfo> {
         let on_disk = self.files.as_ref().map(|files| files.list()).unwrap_or_default();
-        let mut list = self.lock().list();
+        let folders: HashSet<_> = on_disk.iter().filter_map(|id| folder_name(id).ok()).collect();
+        let loaded = self.lock().loaded();
+        for (folder, id) in loaded.iter().filter(|(folder, _)| !folders.contains(folder)) {
+            let gone = self.files.as_ref().is_none_or(|files| matches!(files.stamp(id), Ok(None)));
+            if gone {
+                self.lock().forget(folder);
+            }
+        }
+        let residents = self.lock();
+        let mut list = residents.list();
+        // An inserted cartridge hides the file of its id; a loaded file is listed already.
         let is_listed = |id: &String| {
-            let folder = folder_name(id);
-            list.iter().any(|info| {
-                !info.retired
-                    && (info.id == *id || (folder.is_ok() && folder_name(&info.id) == folder))
-            })
+            residents.is_inserted(id)
+                || folder_name(id).is_ok_and(|folder| residents.is_loaded(&folder))
         };
         let absent: Vec<_> = on_disk.into_iter().filter(|id| !is_listed(id)).collect();
         list.extend(absent.into_iter().map(|id| CartridgeInfo {
             id,
-            source: Source::Local,
+            source: Origin::Local,
             resident: false,
             retired: false,
             pinned: false,
@@ -244,45 +257,19 @@ impl Registry {
         };
         let permit = self.permits.acquire().await.map_err(|_| interrupted(&r.id))?;
         let (this, id, folder) = (Arc::clone(self), r.id.clone(), folder.to_owned());
-        let max_bytes = self.options.max_file_bytes;
         let work = move || {
-            let (cartridge, stamp) = files.read(&id, max_bytes)?;
-            let cartridge = this.stage(cartridge).map_err(|error| error.named(&id))?;
+            let read = || {
+                let (mut intake, room) = this.intake(this.max_file_bytes());
+                let stamp = files.read(&id, &mut intake)?;
+                Ok((this.settle(intake.finish()?, room.take())?, stamp))
+            };
+            let (cartridge, stamp) = read().map_err(|error: CartridgeError| error.named(&id))?;
             this.lock().point(&folder, &id, cartridge.generation(), stamp);
             Ok((cartridge, stamp))
         };
         let loaded = tokio::task::spawn_blocking(work).await;
         drop(permit);
         loaded.unwrap_or_else(|_| Err(interrupted(&r.id)))
-    }
-
-    /// Checks a cartridge against the model, makes room for it, converts it, and makes it resident.
-    fn stage(&self, cartridge: Cartridge) -> Result<Arc<Cartridge>, CartridgeError> {
-        let RegistryOptions { shape, model, rope_theta, device, dtype, max_positions, .. } =
-            &self.options;
-        validate(&cartridge, shape)?;
-        if cartridge.tokens() >= *max_positions {
-            let (size, limit) = (cartridge.tokens() as u64, *max_positions as u64 - 1);
-            return Err(CartridgeError::too_large("tokens", size, limit));
-        }
-        for warning in provenance_warnings(cartridge.provenance(), model, *rope_theta) {
-            tracing::warn!(generation = cartridge.generation().short(), "cartridge: {warning}");
-        }
-        let generation = cartridge.generation();
-        let bytes = cartridge.bytes_as(*dtype);
-        let reservation = match self.lock().reserve(generation, bytes)? {
-            Reservation::Resident(resident) => return Ok(resident),
-            Reservation::Reserved => Reserved { registry: self, bytes },
-        };
-        let converted = cartridge.to(device, *dtype)?;
-        // Numbers beyond the range of a narrower type become infinite.
-        if *dtype != cartridge.dtype() {
-            check_finite(&converted)?;
-        }
-        let mut residents = self.lock();
-        // From here on the books know: `publish` takes over the reserved room.
-        std::mem::forget(reservation);
-        Ok(residents.publish(Arc::new(converted), bytes))
     }
 
     async fn stamp(&self, id: &str) -> Result<Option<Stamp>, CartridgeError> {
@@ -302,20 +289,8 @@ impl Registry {
 
     /// Short and without I/O, hence a plain mutex. A panic under it cannot leave it half changed in
     /// a way that matters more than losing every cartridge would.
-    fn lock(&self) -> MutexGuard<'_, Residents> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Residents> {
         self.residents.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Gives reserved room back if staging fails.
-struct Reserved<'a> {
-    registry: &'a Registry,
-    bytes: u64,
-}
-
-impl Drop for Reserved<'_> {
-    fn drop(&mut self) {
-        self.registry.lock().release(self.bytes);
     }
 }
 

@@ -8,11 +8,13 @@ use std::{
     sync::{Arc, Weak},
 };
 
-use super::{Cartridge, CartridgeError, CartridgeInfo, Generation, Source, Stamp, error::UNNAMED};
+use super::{
+    Cartridge, CartridgeError, CartridgeInfo, Generation, Origin, Outline, Stamp, error::UNNAMED,
+};
 
 pub(super) struct Residents {
     budget: u64,
-    /// Promised to cartridges that are being converted.
+    /// Promised to cartridges that are being read or converted.
     reserved: u64,
     /// Counts uses; the smallest `used` is evicted first.
     clock: u64,
@@ -35,6 +37,7 @@ struct Held {
     used: u64,
     /// The last name it had, for the list.
     id: String,
+    origin: Origin,
 }
 
 enum Memory {
@@ -61,14 +64,6 @@ impl Memory {
     }
 }
 
-/// What came of asking for room.
-pub(super) enum Reservation {
-    /// The content is in memory already.
-    Resident(Arc<Cartridge>),
-    /// Room is promised; [`Residents::publish`] or [`Residents::release`] must follow.
-    Reserved,
-}
-
 impl Residents {
     pub fn new(budget: u64) -> Self {
         let (inserted, files, held) = (HashMap::new(), HashMap::new(), HashMap::new());
@@ -88,7 +83,8 @@ impl Residents {
         self.touch(generation)
     }
 
-    fn touch(&mut self, generation: Generation) -> Option<Arc<Cartridge>> {
+    /// The cartridge of a generation, which counts as a use of it.
+    pub fn touch(&mut self, generation: Generation) -> Option<Arc<Cartridge>> {
         let held = self.held.get_mut(&generation)?;
         let cartridge = held.memory.get()?;
         self.clock += 1;
@@ -97,22 +93,26 @@ impl Residents {
         Some(cartridge)
     }
 
-    /// Makes room by evicting the least recently used cartridges that nobody leases. Evicts none if
-    /// that would not be enough.
-    pub fn reserve(
-        &mut self,
-        generation: Generation,
-        bytes: u64,
-    ) -> Result<Reservation, CartridgeError> {
-        if let Some(resident) = self.touch(generation) {
-            return Ok(Reservation::Resident(resident));
-        }
+    /// Whether something in memory might be what an outline announces; `bytes` is what that would
+    /// take in memory.
+    pub fn resembles_one(&self, outline: &Outline, bytes: u64) -> bool {
+        let alike = |cartridge: Arc<Cartridge>| {
+            let sizes = (cartridge.tokens(), cartridge.frozen_tokens());
+            sizes == (outline.tokens, outline.frozen_tokens)
+        };
+        let mut held = self.held.values().filter(|held| held.bytes == bytes);
+        held.any(|held| held.memory.get().is_some_and(alike))
+    }
+
+    /// Promises room, for [`Self::release`] to give back, by evicting the least recently used
+    /// cartridges that nobody leases. Evicts none if that would not be enough.
+    pub fn reserve(&mut self, bytes: u64) -> Result<(), CartridgeError> {
         if bytes > self.budget {
             return Err(CartridgeError::too_large("bytes in memory", bytes, self.budget));
         }
         self.held.retain(|_, held| held.memory.get().is_some());
         let used = self.reserved + self.held.values().map(|held| held.bytes).sum::<u64>();
-        let mut excess = (used + bytes).saturating_sub(self.budget);
+        let mut excess = used.saturating_add(bytes).saturating_sub(self.budget);
         let mut idle: Vec<_> = self.held.iter().filter(|(g, h)| self.may_evict(**g, h)).collect();
         let evictable: u64 = idle.iter().map(|(_, held)| held.bytes).sum();
         if excess > evictable {
@@ -138,7 +138,7 @@ impl Residents {
         }
         self.files.retain(|_, file| !evicted.contains(&file.generation));
         self.reserved += bytes;
-        Ok(Reservation::Reserved)
+        Ok(())
     }
 
     fn may_evict(&self, generation: Generation, held: &Held) -> bool {
@@ -153,24 +153,24 @@ impl Residents {
         self.reserved = self.reserved.saturating_sub(bytes);
     }
 
-    /// Turns reserved room into a resident. If the same content got there first, that one is
+    /// Makes a resident, in room just released. If the same content got there first, that one is
     /// returned.
     pub fn publish(&mut self, cartridge: Arc<Cartridge>, bytes: u64) -> Arc<Cartridge> {
-        self.release(bytes);
         let generation = cartridge.generation();
         if let Some(resident) = self.touch(generation) {
             return resident;
         }
         self.clock += 1;
         let memory = Memory::Kept(Arc::clone(&cartridge));
-        let held = Held { memory, bytes, used: self.clock, id: String::new() };
+        let held =
+            Held { memory, bytes, used: self.clock, id: String::new(), origin: Origin::Memory };
         self.held.insert(generation, held);
         cartridge
     }
 
     /// Names a resident after its file. What the name pointed at before is retired.
     pub fn point(&mut self, folder: &str, id: &str, generation: Generation, stamp: Stamp) {
-        self.remember_name(generation, id);
+        self.remember_name(generation, id, Origin::Local);
         let file = FileName { id: id.to_owned(), generation, stamp };
         if let Some(old) = self.files.insert(folder.to_owned(), file) {
             self.retire_unnamed(old.generation);
@@ -179,14 +179,35 @@ impl Residents {
 
     /// Names a resident and keeps it for good.
     pub fn pin(&mut self, id: &str, generation: Generation) {
-        self.remember_name(generation, id);
+        self.remember_name(generation, id, Origin::Memory);
         if let Some(old) = self.inserted.insert(id.to_owned(), generation) {
             self.retire_unnamed(old);
         }
     }
 
-    fn remember_name(&mut self, generation: Generation, id: &str) {
+    /// Lets go of what was loaded from a file that is gone.
+    pub fn forget(&mut self, folder: &str) {
+        if let Some(old) = self.files.remove(folder) {
+            self.retire_unnamed(old.generation);
+        }
+    }
+
+    /// The loaded files: folder and id.
+    pub fn loaded(&self) -> Vec<(String, String)> {
+        self.files.iter().map(|(folder, file)| (folder.clone(), file.id.clone())).collect()
+    }
+
+    pub fn is_loaded(&self, folder: &str) -> bool {
+        self.files.contains_key(folder)
+    }
+
+    pub fn is_inserted(&self, id: &str) -> bool {
+        self.inserted.contains_key(id)
+    }
+
+    fn remember_name(&mut self, generation: Generation, id: &str, origin: Origin) {
         if let Some(held) = self.held.get_mut(&generation) {
+            held.origin = origin;
             held.id = id.to_owned();
         }
     }
@@ -206,32 +227,33 @@ impl Residents {
 
     /// Inserted and loaded names, then retired generations that are still leased.
     pub fn list(&self) -> Vec<CartridgeInfo> {
-        let inserted = self.inserted.iter().map(|(id, generation)| (id, *generation, true));
-        let files = self.files.values().map(|file| (&file.id, file.generation, false));
+        let inserted =
+            self.inserted.iter().map(|(id, generation)| (id, *generation, Origin::Memory));
+        let files = self.files.values().map(|file| (&file.id, file.generation, Origin::Local));
         let mut list: Vec<_> = inserted
             .chain(files)
-            .filter_map(|(id, generation, pinned)| self.info(id, generation, pinned))
+            .filter_map(|(id, generation, origin)| self.info(id, generation, origin))
             .collect();
         for (generation, held) in &self.held {
             if matches!(held.memory, Memory::Retired(_)) {
-                list.extend(self.info(&held.id, *generation, false));
+                list.extend(self.info(&held.id, *generation, held.origin));
             }
         }
         list.sort_by(|a, b| (a.retired, &a.id).cmp(&(b.retired, &b.id)));
         list
     }
 
-    fn info(&self, id: &str, generation: Generation, pinned: bool) -> Option<CartridgeInfo> {
+    fn info(&self, id: &str, generation: Generation, origin: Origin) -> Option<CartridgeInfo> {
         let held = self.held.get(&generation)?;
         let leases = held.memory.leases();
         let cartridge = held.memory.get()?;
         let retired = matches!(held.memory, Memory::Retired(_));
         Some(CartridgeInfo {
             id: id.to_owned(),
-            source: Source::Local,
+            source: origin,
             resident: !retired,
             retired,
-            pinned,
+            pinned: self.is_pinned(generation),
             generation: Some(generation),
             tokens: Some(cartridge.tokens()),
             frozen_tokens: Some(cartridge.frozen_tokens()),

@@ -5,34 +5,48 @@
 //! `frozen_tokens`, `generation` (checked on reading), and the optional `model`, `rope_theta`,
 //! `rope_scaling`, `origin`.
 
-use std::{collections::HashMap, io::Write, path::Path};
+use std::{
+    collections::HashMap,
+    io::{Read, Seek, SeekFrom, Write},
+    path::Path,
+};
 
 use candle_core::{DType, Tensor};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::{
+    Dtype,
+    tensor::{Metadata, TensorInfo},
+};
 use serde_json::{Map, Value, json};
 
 use super::{
-    Cartridge, CartridgeError, LayerKv, Provenance,
-    artifact::{tensor_from_bytes, with_bytes},
+    Cartridge, CartridgeError, Intake, LayerKv, Outline, Provenance,
+    artifact::{TENSORS, tensor_from_bytes, with_bytes},
     format::write_atomically,
 };
 use crate::limits;
 
 const FORMAT: &str = "cartouche.cartridge";
 const FORMAT_VERSION: &str = "1";
+/// The length of the header comes first.
+const LENGTH_BYTES: u64 = 8;
 
-/// Reads a whole file.
-pub(super) fn read(bytes: &[u8]) -> Result<Cartridge, CartridgeError> {
-    let header = bytes.first_chunk().map(|length| u64::from_le_bytes(*length));
-    let header =
-        header.ok_or_else(|| CartridgeError::invalid("shorter than a safetensors header"))?;
-    if header > limits::MAX_SAFETENSORS_HEADER_BYTES {
-        let reason = "neither a torch zip nor safetensors (its header would be too long)";
+/// Reads a file of `len` bytes: the header, and once `intake` admits it one tensor at a time.
+pub(super) fn read(
+    mut source: impl Read + Seek,
+    len: u64,
+    intake: &mut Intake<'_>,
+) -> Result<(), CartridgeError> {
+    let header = read_header(&mut source, len)?;
+    let start = LENGTH_BYTES + header.len() as u64;
+    // Deserializing checks that shapes agree with byte ranges, and that these leave no gaps.
+    let metadata: Metadata = serde_json::from_slice(&header)
+        .map_err(|e| CartridgeError::invalid(format!("safetensors: {e}")))?;
+    drop(header);
+    if start + metadata.data_len() as u64 != len {
+        let (have, need) = (len - start, metadata.data_len());
+        let reason = format!("safetensors: {have} bytes after the header, which says {need}");
         return Err(CartridgeError::invalid(reason));
     }
-    let broken = |e| CartridgeError::invalid(format!("safetensors: {e}"));
-    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(broken)?;
-    let tensors = SafeTensors::deserialize(bytes).map_err(broken)?;
     let facts = metadata.metadata().as_ref().ok_or_else(|| CartridgeError::invalid(NOT_OURS))?;
     if facts.get("format").map(String::as_str) != Some(FORMAT) {
         return Err(CartridgeError::invalid(NOT_OURS));
@@ -46,15 +60,20 @@ pub(super) fn read(bytes: &[u8]) -> Result<Cartridge, CartridgeError> {
     }
     let frozen = number(facts, "frozen_tokens")?;
     let tokens = number(facts, "tokens")?;
-    let cartridge = Cartridge::new(layers(&tensors)?, frozen, provenance(facts)?)?;
-    if cartridge.tokens() != tokens {
-        let have = cartridge.tokens();
+    let layers = layers(&metadata)?;
+    let outline = outline(&layers, frozen)?;
+    if outline.tokens != tokens {
+        let have = outline.tokens;
         return Err(CartridgeError::invalid(format!(
             "its header says {tokens} tokens, its tensors have {have}"
         )));
     }
+    intake.begin(outline, provenance(facts)?)?;
+    for info in layers.iter().flatten() {
+        intake.tensor(&read_tensor(&mut source, start, info)?)?;
+    }
     let claimed = facts.get("generation").map(String::as_str).unwrap_or_default();
-    let actual = cartridge.generation();
+    let actual = intake.end()?;
     if claimed != actual.to_hex() {
         let claimed: String = claimed.chars().take(12).collect();
         let actual = actual.short();
@@ -62,7 +81,27 @@ pub(super) fn read(bytes: &[u8]) -> Result<Cartridge, CartridgeError> {
             "its content has the digest {actual}..., its header says {claimed}..."
         )));
     }
-    Ok(cartridge)
+    Ok(())
+}
+
+fn read_header(source: &mut impl Read, len: u64) -> Result<Vec<u8>, CartridgeError> {
+    let failed = |e| CartridgeError::io("read the file", &e);
+    if len < LENGTH_BYTES {
+        return Err(CartridgeError::invalid("shorter than a safetensors header"));
+    }
+    let mut length = [0; LENGTH_BYTES as usize];
+    source.read_exact(&mut length).map_err(failed)?;
+    let length = u64::from_le_bytes(length);
+    if length > limits::MAX_SAFETENSORS_HEADER_BYTES {
+        let reason = "neither a torch zip nor safetensors (its header would be too long)";
+        return Err(CartridgeError::invalid(reason));
+    }
+    if length > len - LENGTH_BYTES {
+        return Err(CartridgeError::invalid("safetensors: the file ends within its header"));
+    }
+    let mut header = vec![0; length as usize];
+    source.read_exact(&mut header).map_err(failed)?;
+    Ok(header)
 }
 
 const NOT_OURS: &str = "safetensors, but no cartridge: the header has no `format` = \
@@ -86,52 +125,68 @@ fn provenance(facts: &HashMap<String, String>) -> Result<Provenance, CartridgeEr
     })
 }
 
-fn layers(tensors: &SafeTensors<'_>) -> Result<Vec<LayerKv>, CartridgeError> {
-    let find = |layer: usize, name: &str| tensors.tensor(&tensor_name(layer, name)).ok();
-    let count = (0..=limits::MAX_CARTRIDGE_LAYERS).take_while(|i| find(*i, "keys").is_some());
-    let mut layers = Vec::with_capacity(count.count());
+/// For each layer where its keys, values and, where there is one, bias lie.
+fn layers(metadata: &Metadata) -> Result<Vec<Vec<&TensorInfo>>, CartridgeError> {
+    let find = |layer: usize, name: &str| metadata.info(&tensor_name(layer, name));
+    let mut layers = Vec::new();
     let mut used = 0;
-    while let Some(keys) = find(layers.len(), "keys").filter(|_| layers.len() < layers.capacity()) {
+    while let Some(keys) = find(layers.len(), "keys") {
         let layer = layers.len();
         let missing = || CartridgeError::invalid(format!("layer {layer}: values are missing"));
         let values = find(layer, "values").ok_or_else(missing)?;
-        let bias = find(layer, "bias");
-        used += 2 + usize::from(bias.is_some());
-        layers.push(LayerKv {
-            keys: tensor(&keys)?,
-            values: tensor(&values)?,
-            bias: bias.as_ref().map(tensor).transpose()?,
-        });
+        let tensors: Vec<_> = [keys, values].into_iter().chain(find(layer, "bias")).collect();
+        used += tensors.len();
+        layers.push(tensors);
     }
-    if used != tensors.len() {
-        let extra = tensors.len() - used;
-        let reason = format!("{extra} tensors belong to no layer of 0..{}", layers.len());
+    let all = metadata.offset_keys().len();
+    if used != all {
+        let reason = format!("{} tensors belong to no layer of 0..{}", all - used, layers.len());
         return Err(CartridgeError::invalid(reason));
     }
     Ok(layers)
+}
+
+/// What the tensors hold, all of which agree.
+fn outline(layers: &[Vec<&TensorInfo>], frozen: usize) -> Result<Outline, CartridgeError> {
+    let first = layers.first().and_then(|tensors| tensors.first());
+    let first = first.ok_or_else(|| CartridgeError::invalid("it has no layers"))?;
+    let biases = layers.iter().map(|tensors| tensors.len() > 2).collect();
+    let outline = Outline::from_first(&first.shape, element_type(first)?, frozen, biases)?;
+    for (i, tensors) in layers.iter().enumerate() {
+        for (info, name) in tensors.iter().zip(TENSORS) {
+            outline.check_tensor(i, name, &info.shape, element_type(info)?)?;
+        }
+    }
+    Ok(outline)
 }
 
 fn tensor_name(layer: usize, name: &str) -> String {
     format!("layers.{layer}.{name}")
 }
 
-fn tensor(view: &safetensors::tensor::TensorView<'_>) -> Result<Tensor, CartridgeError> {
-    let dtype = match view.dtype() {
-        Dtype::F16 => DType::F16,
-        Dtype::BF16 => DType::BF16,
-        Dtype::F32 => DType::F32,
+fn element_type(info: &TensorInfo) -> Result<DType, CartridgeError> {
+    match info.dtype {
+        Dtype::F16 => Ok(DType::F16),
+        Dtype::BF16 => Ok(DType::BF16),
+        Dtype::F32 => Ok(DType::F32),
         other => {
             let reason = format!("a tensor of type {other:?}; cartridges are f16, bf16 or f32");
-            return Err(CartridgeError::invalid(reason));
+            Err(CartridgeError::invalid(reason))
         }
-    };
-    // The crate checked that the shape agrees with the bytes that are there.
-    tensor_from_bytes(dtype, view.shape(), |out| {
-        if out.len() != view.data().len() {
-            return Err(CartridgeError::invalid("a tensor's shape disagrees with its bytes"));
-        }
-        out.copy_from_slice(view.data());
-        Ok(())
+    }
+}
+
+/// Reads the numbers of one tensor; `start` is where the numbers begin in the file.
+fn read_tensor(
+    source: &mut (impl Read + Seek),
+    start: u64,
+    info: &TensorInfo,
+) -> Result<Tensor, CartridgeError> {
+    let failed = |e| CartridgeError::io("read the file", &e);
+    tensor_from_bytes(element_type(info)?, &info.shape, |out| {
+        let at = start + info.data_offsets.0 as u64;
+        source.seek(SeekFrom::Start(at)).map_err(failed)?;
+        source.read_exact(out).map_err(failed)
     })
 }
 
@@ -177,7 +232,7 @@ fn header(cartridge: &Cartridge) -> Result<Vec<u8>, CartridgeError> {
     header.insert("__metadata__".to_owned(), Value::Object(facts));
     let mut start = 0;
     for (i, layer) in cartridge.layers().iter().enumerate() {
-        for (tensor, name) in layer.tensors().zip(["keys", "values", "bias"]) {
+        for (tensor, name) in layer.tensors().zip(TENSORS) {
             let end = start + tensor.elem_count() * tensor.dtype().size_in_bytes();
             let dtype = tensor.dtype().as_str().to_uppercase();
             let entry = json!({

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    Cartridge, CartridgeError, Provenance, Source, format::read_file, read_config_yaml,
+    CartridgeError, Intake, Provenance, Source, format::read_file, read_config_yaml,
     sanitize::folder_name,
 };
 use crate::limits;
@@ -40,9 +40,9 @@ impl From<&Metadata> for Stamp {
 pub trait FileSource: Send + Sync + 'static {
     /// The present state of the file of `id`; `None` where there is none.
     fn stamp(&self, id: &str) -> Result<Option<Stamp>, CartridgeError>;
-    /// Reads the file, with its stamp at that time. Nothing of a larger file than `max_bytes` is
-    /// read.
-    fn read(&self, id: &str, max_bytes: u64) -> Result<(Cartridge, Stamp), CartridgeError>;
+    /// Reads the file into `intake`; its stamp at that time. Nothing is read of a larger file than
+    /// [`Intake::max_bytes`].
+    fn read(&self, id: &str, intake: &mut Intake<'_>) -> Result<Stamp, CartridgeError>;
     /// The ids that have a file.
     fn list(&self) -> Vec<String>;
 }
@@ -76,8 +76,8 @@ impl RemoteSource for NoDownload {
     }
 }
 
-/// Name of the file that records which id a folder belongs to, where the folder's name is
-/// ambiguous.
+/// Name of the file that says which id a folder belongs to, where the folder's name is ambiguous:
+/// another id that leads to the same folder is refused.
 const ID_RECORD: &str = "cartridge.id";
 
 /// `{dir}/{folder of the id}/`, which holds `cartridge.pt` or `cartridge.safetensors`, or a
@@ -90,16 +90,6 @@ pub struct LocalFolder {
 impl LocalFolder {
     pub fn new(dir: PathBuf) -> Self {
         Self { dir }
-    }
-
-    /// Records the id a folder belongs to. Another id that leads to the same folder is refused from
-    /// then on.
-    ///
-    /// # Errors
-    /// [`CartridgeError::InvalidId`] or [`CartridgeError::Io`].
-    pub fn record_id(&self, id: &str) -> Result<(), CartridgeError> {
-        let path = self.dir.join(folder_name(id)?).join(ID_RECORD);
-        fs::write(path, id).map_err(|e| CartridgeError::io("record the id", &e).named(id))
     }
 
     /// The folder and the file of an id, both resolved and below the directory.
@@ -146,23 +136,25 @@ impl FileSource for LocalFolder {
         Ok(Some(Stamp::from(&metadata)))
     }
 
-    fn read(&self, id: &str, max_bytes: u64) -> Result<(Cartridge, Stamp), CartridgeError> {
-        let read = || {
+    fn read(&self, id: &str, intake: &mut Intake<'_>) -> Result<Stamp, CartridgeError> {
+        let mut read = || {
             let Some((folder, path)) = self.locate(id)? else {
                 return Err(not_found(id));
             };
             let (file, stamp) = open_regular(&path)?;
             let again = file.try_clone().map_err(|e| CartridgeError::io("open the file", &e))?;
-            let cartridge = read_file(file, max_bytes);
+            let read = read_file(file, intake);
             let after = again.metadata().map_err(|e| CartridgeError::io("read the file", &e))?;
             if Stamp::from(&after) != stamp {
                 let changed =
                     std::io::Error::other("it changed meanwhile; replace files by rename");
                 return Err(CartridgeError::io("read the file", &changed));
             }
-            let cartridge = cartridge?;
-            let provenance = with_config(&folder, id, &cartridge);
-            Ok((cartridge.with_provenance(provenance), stamp))
+            read?;
+            if let Some((tokens, provenance)) = intake.facts() {
+                complete_from_config(&folder, id, tokens, provenance);
+            }
+            Ok(stamp)
         };
         read().map_err(|error| error.named(id))
     }
@@ -274,25 +266,23 @@ fn read_small(path: &Path, limit: u64) -> Result<Option<String>, CartridgeError>
     Ok(Some(text))
 }
 
-/// What the file says about its making, completed from `config.yaml`; trouble with that is a
-/// warning.
-fn with_config(folder: &Path, id: &str, cartridge: &Cartridge) -> Provenance {
-    let mut provenance = cartridge.provenance().clone();
+/// Completes what the file says about its making from `config.yaml`; trouble with that is a warning.
+fn complete_from_config(folder: &Path, id: &str, tokens: usize, provenance: &mut Provenance) {
     let text = read_small(&folder.join("config.yaml"), limits::MAX_CONFIG_YAML_BYTES);
     let config = match text.map_err(|e| format!("config.yaml is ignored: {e}")) {
-        Ok(None) => return provenance,
+        Ok(None) => return,
         Ok(Some(text)) => read_config_yaml(&text),
         Err(warning) => Err(warning),
     };
     match config {
         Ok(config) => {
-            if let Some(claimed) = config.tokens.filter(|n| *n != cartridge.tokens() as u64) {
-                let tokens = cartridge.tokens();
+            if let Some(claimed) = config.tokens.filter(|n| *n != tokens as u64) {
                 tracing::warn!(id, tokens, claimed, "config.yaml is wrong about the tokens");
             }
-            provenance.model = provenance.model.or(config.model);
+            if provenance.model.is_none() {
+                provenance.model = config.model;
+            }
         }
         Err(warning) => tracing::warn!(id, "{warning}"),
     }
-    provenance
 }

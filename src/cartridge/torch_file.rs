@@ -11,7 +11,10 @@ use zip::{
     read::{ArchiveOffset, Config},
 };
 
-use super::{Cartridge, CartridgeError, Provenance, pickle, torch_layout};
+use super::{
+    CartridgeError, Intake, pickle, torch_layout,
+    zip_directory::{Metered, check_record_counts},
+};
 use crate::limits;
 
 /// Reads what `torch.save` wrote for a cartridge. `len` is the length of the file in bytes.
@@ -19,7 +22,11 @@ use crate::limits;
 /// # Errors
 /// Everything in the file that is not as torch writes it, or larger than a limit, is refused before
 /// memory is taken for it; the error says what and where.
-pub(super) fn read(source: impl Read + Seek, len: u64) -> Result<Cartridge, CartridgeError> {
+pub(super) fn read(
+    source: impl Read + Seek,
+    len: u64,
+    intake: &mut Intake<'_>,
+) -> Result<(), CartridgeError> {
     let mut records = Records::open(source, len)?;
     if let Some(order) = records.read_small("byteorder", 64)?
         && order != b"little"
@@ -31,27 +38,29 @@ pub(super) fn read(source: impl Read + Seek, len: u64) -> Result<Cartridge, Cart
     let pickled = pickled.ok_or_else(|| CartridgeError::invalid("the zip has no data.pkl"))?;
     let layout = torch_layout::Layout::find(&pickle::parse(&pickled)?)?;
     drop(pickled);
-    let (layers, frozen) = layout.load(&mut records)?;
-    Cartridge::new(layers, frozen, Provenance::default())
+    layout.load(&mut records, intake)
 }
 
 /// The records of a checked zip directory, by their name without the common stem.
 pub(super) struct Records<R> {
-    archive: ZipArchive<R>,
+    archive: ZipArchive<Metered<R>>,
     index: HashMap<String, usize>,
 }
 
 impl<R: Read + Seek> Records<R> {
-    fn open(source: R, len: u64) -> Result<Self, CartridgeError> {
+    fn open(mut source: R, len: u64) -> Result<Self, CartridgeError> {
+        check_record_counts(&mut source, len)?;
+        let (source, meter) = Metered::new(source, limits::MAX_ZIP_DIRECTORY_BYTES);
         // torch puts nothing before the zip. Left to detect that, the reader searches for
         // signatures.
         let config = Config { archive_offset: ArchiveOffset::Known(0) };
-        let mut archive =
-            ZipArchive::with_config(config, source).map_err(|e| zip_error("open the zip", &e))?;
-        if archive.len() > limits::MAX_ZIP_RECORDS {
-            let (size, limit) = (archive.len() as u64, limits::MAX_ZIP_RECORDS as u64);
-            return Err(CartridgeError::too_large("zip records", size, limit));
+        let opened = ZipArchive::with_config(config, source);
+        if meter.is_exceeded() {
+            let limit = limits::MAX_ZIP_DIRECTORY_BYTES;
+            return Err(CartridgeError::too_large("bytes of zip directory", limit + 1, limit));
         }
+        let mut archive = opened.map_err(|e| zip_error("open the zip", &e))?;
+        meter.stop();
         if archive.has_duplicate_names() {
             return Err(CartridgeError::invalid("the zip has several records of one name"));
         }

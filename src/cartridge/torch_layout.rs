@@ -9,7 +9,7 @@ use std::{
 use candle_core::{DType, Tensor};
 
 use super::{
-    CartridgeError, LayerKv,
+    CartridgeError, Intake, KvShape, Outline, Provenance,
     artifact::tensor_from_bytes,
     pickle_value::{Node, Pickle, TensorRef, Value, entry},
     torch_file::Records,
@@ -126,20 +126,62 @@ impl Layout {
         Ok(Self { keys, values, frozen, tokens, heads, head_dim, dtype })
     }
 
-    /// Reads the numbers: layers and the count of frozen tokens.
+    /// Reads the numbers, once `intake` admits them.
     pub fn load<R: Read + Seek>(
         self,
         records: &mut Records<R>,
-    ) -> Result<(Vec<LayerKv>, usize), CartridgeError> {
+        intake: &mut Intake<'_>,
+    ) -> Result<(), CartridgeError> {
         let mut storages = self.check_storages(records)?;
-        let mut layers = Vec::with_capacity(self.keys.len());
-        for (keys, values) in self.keys.iter().zip(&self.values) {
-            let keys = self.tensor(keys, &mut storages, records)?;
-            let values = self.tensor(values, &mut storages, records)?;
-            layers.push(LayerKv { keys, values, bias: None });
+        intake.begin(self.outline(&storages), Provenance::default())?;
+        for side in self.in_order() {
+            intake.tensor(&self.tensor(side, &mut storages, records)?)?;
         }
-        // Bounded by MAX_CARTRIDGE_TOKENS above.
-        Ok((layers, self.frozen as usize))
+        intake.end().map(drop)
+    }
+
+    /// Keys and values layer by layer, as they are read.
+    fn in_order(&self) -> impl Iterator<Item = &Side> {
+        self.keys.iter().zip(&self.values).flat_map(|(keys, values)| [keys, values])
+    }
+
+    /// All sizes were checked against bytes that are there, so they fit the address space.
+    fn outline(&self, storages: &HashMap<Rc<str>, Storage>) -> Outline {
+        let (kv_heads, head_dim) = (self.heads as usize, self.head_dim as usize);
+        let shape = KvShape { layers: self.keys.len(), kv_heads, head_dim };
+        let mut outline = Outline {
+            shape,
+            tokens: self.tokens as usize,
+            frozen_tokens: self.frozen as usize,
+            dtype: self.dtype,
+            biases: vec![false; self.keys.len()],
+            scratch_bytes: 0,
+        };
+        let layer = outline.bytes_as(self.dtype) / self.keys.len().max(1) as u64;
+        outline.scratch_bytes = self.peak_of_storages(storages).saturating_sub(layer);
+        outline
+    }
+
+    /// The most bytes of storages that [`Self::load`] has in memory at a time: each from its first
+    /// use to its last.
+    fn peak_of_storages(&self, storages: &HashMap<Rc<str>, Storage>) -> u64 {
+        let mut uses = HashMap::<&str, usize>::new();
+        let (mut now, mut peak) = (0u64, 0);
+        for view in self.in_order().flat_map(Side::parts) {
+            let Some(storage) = storages.get(&view.storage.key).filter(|_| view.size[2] > 0) else {
+                continue;
+            };
+            let used = uses.entry(&view.storage.key).or_default();
+            if *used == 0 {
+                now = now.saturating_add(storage.bytes);
+                peak = peak.max(now);
+            }
+            *used += 1;
+            if *used == storage.uses {
+                now -= storage.bytes;
+            }
+        }
+        peak
     }
 
     /// Checks every view against the record it points into, and the sum of all against the file,
@@ -193,7 +235,6 @@ impl Layout {
         storages: &mut HashMap<Rc<str>, Storage>,
         records: &mut Records<R>,
     ) -> Result<Tensor, CartridgeError> {
-        // All sizes were checked against bytes that are there, so they fit the address space.
         let dims = [self.heads as usize, self.tokens as usize, self.head_dim as usize];
         let width = self.dtype.size_in_bytes();
         let row = dims[2] * width;

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::CliError;
 use super::runtime::RuntimeOptions;
 use crate::cartridge::{
-    Cartridge, CartridgeError, FileSource, LocalFolder, Naming, Provenance, TorchStyle,
+    Cartridge, CartridgeError, FileSource, Intake, LocalFolder, Naming, Provenance, TorchStyle,
     read_cartridge, write_config_yaml, write_safetensors, write_torch,
 };
 use crate::model::LoadedModel;
@@ -192,8 +192,10 @@ fn list(dir: &Path, as_json: bool) -> Result<(), CliError> {
     let folder = LocalFolder::new(dir.to_owned());
     let mut entries = Vec::new();
     for id in folder.list() {
-        entries.push(match folder.read(&id, limits::DEFAULT_MAX_CARTRIDGE_FILE_BYTES) {
-            Ok((cartridge, _)) => json!({
+        let mut intake = Intake::as_stored(limits::DEFAULT_MAX_CARTRIDGE_FILE_BYTES);
+        let read = folder.read(&id, &mut intake).and_then(|_| intake.into_cartridge());
+        entries.push(match read {
+            Ok(cartridge) => json!({
                 "id": id,
                 "tokens": cartridge.tokens(),
                 "bytes": cartridge.bytes(),

@@ -116,6 +116,7 @@ impl RuntimeOptions {
             shape: config.kv_shape(),
             model: loaded.name.clone(),
             rope_theta: Some(config.rope_theta),
+            rope_scaling: config.rope_scaling_json.clone(),
             max_positions: config.max_positions,
             device: Device::Cpu,
             dtype: DType::F32,

@@ -91,6 +91,7 @@ impl Server {
             shape: info.kv_shape,
             model: MODEL.to_owned(),
             rope_theta: None,
+            rope_scaling: None,
             max_positions: info.max_context,
             device: Device::Cpu,
             dtype: DType::F32,

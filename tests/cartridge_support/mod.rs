@@ -1,4 +1,5 @@
 //! Cartridges and sources in memory, for the tests of the registry.
+#![allow(dead_code, reason = "each test binary uses its share of this module")]
 
 use std::{
     collections::HashMap,
@@ -11,8 +12,8 @@ use std::{
 
 use candle_core::{DType, Device, Tensor};
 use cartouche::cartridge::{
-    Cartridge, CartridgeError, CartridgeRef, FileSource, KvShape, LayerKv, Provenance, Registry,
-    RegistryOptions, RemoteSource, Source, Stamp,
+    Cartridge, CartridgeError, CartridgeRef, FileSource, Intake, KvShape, LayerKv, Provenance,
+    Registry, RegistryOptions, RemoteSource, Source, Stamp,
 };
 use tokio::sync::Semaphore;
 
@@ -47,7 +48,6 @@ impl Fake {
         files.insert(id.to_owned(), (content, stamp));
     }
 
-    #[allow(dead_code, reason = "each test binary uses its share of this module")]
     pub fn close(&self, id: &str) -> Arc<Semaphore> {
         let gate = Arc::new(Semaphore::new(0));
         self.gates.lock().unwrap().insert(id.to_owned(), Arc::clone(&gate));
@@ -64,14 +64,15 @@ impl FileSource for Fake {
         Ok(self.files.lock().unwrap().get(id).map(|file| file.1))
     }
 
-    fn read(&self, id: &str, _: u64) -> Result<(Cartridge, Stamp), CartridgeError> {
+    fn read(&self, id: &str, intake: &mut Intake<'_>) -> Result<Stamp, CartridgeError> {
         let file = self.files.lock().unwrap()[id].clone();
         self.reads.fetch_add(1, Ordering::SeqCst);
         let gate = self.gates.lock().unwrap().get(id).cloned();
         while gate.as_ref().is_some_and(|gate| gate.try_acquire().is_err()) {
             std::thread::sleep(Duration::from_millis(1));
         }
-        Ok((file.0?, file.1))
+        intake.take(&file.0?)?;
+        Ok(file.1)
     }
 
     fn list(&self) -> Vec<String> {
@@ -98,6 +99,7 @@ pub fn options(cartridges: u64) -> RegistryOptions {
         shape: SHAPE,
         model: "demo".into(),
         rope_theta: None,
+        rope_scaling: None,
         max_positions: 64,
         device: Device::Cpu,
         dtype: DType::F32,
