@@ -57,6 +57,14 @@ impl Document {
     }
 }
 
+impl Questions {
+    /// The question shown to newcomers.
+    pub fn first(&self) -> Option<&Question> {
+        let mut known = self.questions.iter().filter(|q| q.in_document);
+        known.find(|q| q.question.ends_with('?'))
+    }
+}
+
 /// A file of the demo model by its name in the repository.
 pub fn model_file(name: &str) -> Option<&'static [u8]> {
     Some(match name {

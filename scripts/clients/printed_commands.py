@@ -17,7 +17,7 @@ def main() -> None:
     commands = re.findall(r"^\d\. .*?\n((?:   .*\n)+)", text, re.MULTILINE)
     assert len(commands) == 3, f"{len(commands)} commands in:\n{text}"
     questions = json.loads((DEMO / "questions.json").read_text())
-    right = questions["questions"][0]["answer"]
+    right = next(q["answer"] for q in questions["questions"] if q["question"] in commands[0])
     wanted = [questions["refusal"], right, right]
     prompt_tokens = []
     for command, want in zip(commands, wanted):

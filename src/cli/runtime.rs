@@ -20,8 +20,8 @@ use crate::{demo, engine, limits, model};
 #[derive(Debug, Clone, Default, Args, Serialize, Deserialize)]
 #[command(next_help_heading = "Model and engine")]
 pub struct RuntimeOptions {
-    /// `demo`, a folder in Hugging Face layout, a .gguf file, or a hub id (owner/name[@revision])
-    /// [default: demo]
+    /// `demo`, a folder in Hugging Face layout, a .gguf file, or a hub id: owner/name[@revision] or
+    /// owner/name/file.gguf[@revision] [default: demo]
     #[arg(long, env = "CARTOUCHE_MODEL")]
     pub model: Option<String>,
     /// Name the model is served under [default: its own]

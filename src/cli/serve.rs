@@ -182,7 +182,8 @@ fn demo_routes() -> Router {
 /// A chat request with the whole document as its system message and the first question.
 async fn demo_request(Path(name): Path<String>) -> Response {
     let body = demo::DOCUMENTS.iter().find(|document| document.name == name).and_then(|document| {
-        let question = &document.questions().ok()?.questions.into_iter().next()?.question;
+        let questions = document.questions().ok()?;
+        let question = &questions.first()?.question;
         let system = json!({"role": "system", "content": document.text.trim_end()});
         let user = json!({"role": "user", "content": question});
         Some(json!({"messages": [system, user], "temperature": 0}))
@@ -234,7 +235,7 @@ fn announce(runtime: &Runtime, address: SocketAddr, start: Duration) {
 fn announce_demo(address: SocketAddr) {
     let Some(document) = demo::DOCUMENTS.first() else { return };
     let Ok(questions) = document.questions() else { return };
-    let Some(first) = questions.questions.first() else { return };
+    let Some(first) = questions.first() else { return };
     let chat = format!("http://{address}/v1/chat/completions");
     let message = json!([{"role": "user", "content": first.question}]);
     let cartridge = json!([{"id": document.name, "source": "local"}]);
