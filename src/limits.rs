@@ -4,7 +4,16 @@
 //! may want to change are defaults of the configuration and are named in `cartouche serve --help`.
 
 /// Bytes of one HTTP request body; larger is answered with 413.
-pub const MAX_BODY_BYTES: usize = 32 << 20;
+pub const MAX_BODY_BYTES: usize = 8 << 20;
+/// Bytes of a body that is parsed on the async threads; a larger one goes to a thread of its own.
+pub const MAX_INLINE_BODY_BYTES: usize = 64 << 10;
+/// Values (list items, members, opened lists and objects) in one body; more is a 400. A value in memory
+/// takes many times the two bytes it may have in JSON.
+pub const MAX_JSON_VALUES: usize = 1 << 20;
+/// Bytes of an error's message and of its `param`, which repeat what the client sent; the rest is cut.
+pub const MAX_ERROR_TEXT_BYTES: usize = 1024;
+/// Bytes of a response header that repeats what the client sent; the rest is cut.
+pub const MAX_ECHO_HEADER_BYTES: usize = 2048;
 /// Choices (`n`) per request; more is a 400 that names `n`.
 pub const MAX_CHOICES: usize = 64;
 /// Stop strings per request; more is a 400 that names `stop`.
@@ -58,12 +67,12 @@ pub const DEFAULT_CARTRIDGE_BUDGET_BYTES: u64 = 2 << 30;
 pub const MAX_MODEL_NAME_BYTES: usize = 1024;
 /// Choices of one request over all of its prompts (`n` times prompts); more is a 400 that names `n`.
 pub const MAX_CHOICES_PER_REQUEST: usize = 1024;
-/// Log-probabilities one request may ask for (tokens times alternatives, over all choices and prompts);
+/// Log-probabilities one reply may show (tokens times alternatives, those of a prompt once per choice);
 /// more is a 400 that says which fields to lower.
-pub const MAX_LOGPROBS_PER_REQUEST: usize = 1 << 25;
+pub const MAX_LOGPROBS_PER_REQUEST: usize = 1 << 20;
 /// Bytes of a safetensors header of a cartridge; a longer one is no cartridge.
 pub const MAX_SAFETENSORS_HEADER_BYTES: u64 = 4 << 20;
 /// Cartridge files read at the same time; further loads wait.
 pub const MAX_CONCURRENT_CARTRIDGE_LOADS: usize = 4;
-/// Cartridge loads under way or waiting; the next one is answered with 429.
+/// Cartridge loads under way or waiting; the next one is answered with 503 and `Retry-After`.
 pub const MAX_PENDING_CARTRIDGE_LOADS: usize = 256;

@@ -2,9 +2,15 @@
 
 mod api_support;
 
+use std::sync::Arc;
+
 use api_support::{MODEL, Server};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use cartouche::{api::ApiOptions, engine::EngineOptions};
+use cartouche::{
+    api::{ApiOptions, AppState, ServedModel, router},
+    engine::EngineOptions,
+    text::{ChatTemplate, Tokenizer},
+};
 use serde_json::{Value, json};
 
 fn text(reply: &Value) -> &str {
@@ -321,9 +327,87 @@ async fn messages_end_the_prompt_as_their_last_role_asks() {
     assert_eq!(resumed, format!("{open}Well"));
     let closed = json!({"messages": [user, assistant], "add_generation_prompt": true});
     assert_eq!(ids(closed).await, format!("{open}Well<|im_end|>\n<|im_start|>assistant\n"));
-    let template = json!({"messages": [user], "apply_chat_template_overrides":
-        {"chat_template": "{{ messages[0].content }}|{{ x }}", "x": 5}});
-    assert_eq!(ids(template).await, "a\nb|5");
+}
+
+#[tokio::test]
+async fn templates_of_requests_are_for_trusted_clients() {
+    // Doubling a string forty times would end the process if it were run.
+    let bomb = "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(40) %}\
+                {% set ns.s = ns.s ~ ns.s %}{% endfor %}";
+    let server = Server::shared();
+    for extra in [
+        json!({"chat_template": bomb}),
+        json!({"chat_template_kwargs": {"chat_template": bomb}}),
+        json!({"apply_chat_template_overrides": {"chat_template": bomb}}),
+    ] {
+        let refused = server.chat(extra.clone()).await;
+        assert_eq!((refused.error().0, refused.error().1.as_str()), (400, "chat_template"));
+        assert_eq!(refused.code(), "unsupported_parameter");
+        let mut body = extra;
+        body["messages"] = json!([{"role": "user", "content": "a"}]);
+        assert_eq!(server.post("/tokenize", body).await.code(), "unsupported_parameter");
+    }
+    let options = ApiOptions { allow_request_templates: true, ..ApiOptions::default() };
+    let server = Server::new(options, EngineOptions::default());
+    let body = json!({"messages": [{"role": "user", "content": "a"}],
+        "apply_chat_template_overrides":
+            {"chat_template": "{{ messages[0].content }}|{{ x }}", "x": 5}});
+    let tokens = server.post("/tokenize", body).await.ok()["tokens"].clone();
+    let text = server.post("/detokenize", json!({"tokens": tokens})).await.ok();
+    assert_eq!(text["prompt"], "a|5");
+    let broken = server.chat(json!({"chat_template": "{{ 1 +"})).await.error();
+    assert_eq!((broken.0, broken.1.as_str()), (400, "chat_template"));
+}
+
+/// The demo model behind a SentencePiece tokenizer that writes newlines as bytes.
+fn sentencepiece() -> (Server, u32) {
+    let path = format!("{}/tests/fixtures/tokenizers/llama2.json", env!("CARGO_MANIFEST_DIR"));
+    let fixture: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let json = fixture["tokenizer"].to_string();
+    let tokenizer = Tokenizer::from_bytes(json.as_bytes()).unwrap();
+    let hello = tokenizer.token_id("▁hello").unwrap();
+    let template = "{% for m in messages %}{{ m.content }}{% endfor %}";
+    let base = Server::shared();
+    let state = Arc::new(AppState {
+        engine: base.state.engine.clone(),
+        registry: Arc::clone(&base.state.registry),
+        model: Arc::new(ServedModel {
+            name: MODEL.to_owned(),
+            tokenizer,
+            chat_template: Some(ChatTemplate::new(template, serde_json::Map::new()).unwrap()),
+            eos_token_ids: vec![],
+            is_llama3: false,
+        }),
+        options: ApiOptions::default(),
+        ready: base.state.ready.clone(),
+        metrics: None,
+        started: 0,
+    });
+    (Server { router: router(Arc::clone(&state)), state }, hello)
+}
+
+#[tokio::test]
+async fn a_continued_message_keeps_the_space_it_goes_on_with() {
+    let (server, hello) = sentencepiece();
+    let messages = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
+    let chat = |extra: Value| {
+        let bias = json!({"messages": messages, "logit_bias": {hello.to_string(): 100},
+                          "max_tokens": 2});
+        let server = server.clone();
+        async move { text(&server.chat(api_support::merge(bias, extra)).await.ok()).to_owned() }
+    };
+    assert_eq!(chat(json!({})).await, " hello hello");
+    assert_eq!(chat(json!({"add_generation_prompt": true})).await, "hello hello");
+}
+
+#[tokio::test]
+async fn a_prompt_that_ends_in_a_newline_does_not_meet_its_own_stop_string() {
+    let (server, hello) = sentencepiece();
+    let body = json!({"prompt": "hello\n", "stop": ["\n"], "max_tokens": 2,
+                      "logit_bias": {hello.to_string(): 100}});
+    let reply = server.complete(body).await.ok();
+    assert_eq!(reply["choices"][0]["text"], " hello hello");
+    assert_eq!(reply["choices"][0]["finish_reason"], "length");
 }
 
 #[tokio::test]
@@ -358,7 +442,7 @@ async fn refusals_name_the_field() {
         (json!({"logit_bias": {"999999": 1}}), "logit_bias.999999"),
         (json!({"cartridges": [{"source": "local"}]}), "cartridges[0]"),
         (json!({"cartridges": [{"id": ""}]}), "cartridges[0].id"),
-        (json!({"chat_template": "{{ 1 +"}), ""),
+        (json!({"chat_template": "{{ 1 +"}), "chat_template"),
         (json!({"model": "x".repeat(2000)}), "model"),
         (json!({"min_tokens": 9}), "min_tokens"),
     ] {

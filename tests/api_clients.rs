@@ -12,7 +12,8 @@ use std::process::Command;
 use api_support::{MODEL, Server};
 use cartouche::{api::ApiOptions, engine::EngineOptions};
 
-async fn run(script: &str, path: &str, extra: &'static [&str]) {
+async fn run(script: &str, path: &str, extra: &[&str]) {
+    let extra: Vec<String> = extra.iter().map(|&a| a.to_owned()).collect();
     let server = Server::new(ApiOptions::default(), EngineOptions::default());
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}{path}", listener.local_addr().unwrap());
@@ -34,5 +35,8 @@ async fn openai_package() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs Python with numpy"]
 async fn cartridges_teacher() {
-    run("teacher_client.py", "", &["--cartridge", "local:alpha", "--model", MODEL]).await;
+    let cartridges = ["local:alpha", "wandb:alpha", "huggingface:alpha"];
+    let [a, b, c] = cartridges;
+    let arguments = ["--cartridge", a, "--cartridge", b, "--cartridge", c, "--model", MODEL];
+    run("teacher_client.py", "", &arguments).await;
 }

@@ -77,6 +77,40 @@ async fn echo_scores_the_prompt_without_generating() {
 }
 
 #[tokio::test]
+async fn offsets_of_echo_count_special_tokens_in_the_text() {
+    let prompt = "ab<|im_end|>cd";
+    let body = json!({"prompt": prompt, "echo": true, "logprobs": 0, "max_tokens": 0});
+    let scored = Server::shared().complete(body).await.ok();
+    assert_eq!(text(&scored), prompt);
+    let lists = &scored["choices"][0]["logprobs"];
+    let offsets = lists["text_offset"].as_array().unwrap();
+    let tokens = strings(&lists["tokens"]);
+    assert!(tokens.contains(&"<|im_end|>"), "{tokens:?}");
+    for (token, offset) in tokens.iter().zip(offsets) {
+        let rest = &prompt[offset.as_u64().unwrap() as usize..];
+        assert!(rest.starts_with(token), "{token} at {offset}");
+    }
+}
+
+#[tokio::test]
+async fn choices_share_the_log_probabilities_of_their_prompt() {
+    let server = Server::shared();
+    let body = json!({"echo": true, "logprobs": 2, "prompt_logprobs": 1, "n": 3, "seed": 1,
+                      "temperature": 1.5, "max_tokens": 3, "ignore_eos": true});
+    let reply = server.complete(body).await.ok();
+    let choices = reply["choices"].as_array().unwrap();
+    let length = choices[0]["prompt_logprobs"].as_array().unwrap().len();
+    for choice in choices {
+        assert_eq!(choice["prompt_logprobs"], choices[0]["prompt_logprobs"]);
+        for list in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+            let (own, first) = (&choice["logprobs"][list], &choices[0]["logprobs"][list]);
+            assert_eq!(own.as_array().unwrap().len(), length + 3, "{list}");
+            assert_eq!(own.as_array().unwrap()[..length], first.as_array().unwrap()[..length]);
+        }
+    }
+}
+
+#[tokio::test]
 async fn echo_with_output_agrees_with_scoring() {
     let server = Server::shared();
     let body = json!({"echo": true, "logprobs": 1, "max_tokens": 4, "ignore_eos": true});

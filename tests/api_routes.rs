@@ -36,6 +36,64 @@ async fn exactly_one_model_is_listed() {
     assert_eq!(server.get("/v1/models/Cartouche-Demo").await.ok(), list["data"][0]);
     let reply = server.get("/v1/models/org/other").await;
     assert_eq!((reply.error().0, reply.code().as_str()), (404, "model_not_found"));
+    let reply = server.get("/v1/models/%FF").await;
+    assert_eq!(reply.error().0, 400, "a path that is not UTF-8 has a JSON error too");
+}
+
+#[tokio::test]
+async fn max_model_len_is_what_the_cache_can_hold() {
+    let engine = EngineOptions { kv_bytes: 1 << 20, ..EngineOptions::default() };
+    let server = Server::new(ApiOptions::default(), engine);
+    let info = server.state.engine.info();
+    assert!(info.kv_tokens < info.max_context, "the test needs a small cache: {info:?}");
+    let model = server.get("/v1/models").await.ok()["data"][0].clone();
+    assert_eq!(model["max_model_len"], info.kv_tokens);
+    let reply = server.post("/tokenize", json!({"prompt": "a"})).await.ok();
+    assert_eq!(reply["max_model_len"], info.kv_tokens);
+}
+
+#[tokio::test]
+async fn errors_cut_what_the_client_sent() {
+    let server = Server::shared();
+    let long = "x".repeat(1_000_000);
+    for body in [
+        json!({"prompt": "a", "logit_bias": {long.as_str(): 1}}),
+        json!({"prompt": {long.as_str(): 1}}),
+        json!({"prompt": "a", "temperature": long}),
+        json!({"prompt": "a", "cartridges": [{"id": "a", "source": long}]}),
+    ] {
+        let reply = server.post("/v1/completions", body).await;
+        assert_eq!(reply.error().0, 400);
+        assert!(reply.text.len() < 4 * limits::MAX_ERROR_TEXT_BYTES, "{}", reply.text.len());
+    }
+}
+
+#[tokio::test]
+async fn bodies_of_too_many_values_are_refused_before_they_are_built() {
+    let zeros = "0,".repeat(limits::MAX_JSON_VALUES);
+    for (path, body) in [
+        ("/v1/completions", format!("{{\"prompt\":[{zeros}0]}}")),
+        ("/v1/chat/completions", format!("{{\"messages\":[{zeros}0]}}")),
+        ("/detokenize", format!("{{\"tokens\":[{zeros}0]}}")),
+    ] {
+        let (status, _, message) = Server::shared().post_text(path, &body).await.error();
+        assert_eq!(status, 400);
+        assert!(message.contains("values"), "{message}");
+    }
+}
+
+#[tokio::test]
+async fn a_long_text_is_refused_by_its_bytes() {
+    let server = Server::shared();
+    let long = "x".repeat(limits::MAX_BODY_BYTES - 1000);
+    for reply in [
+        server.complete(json!({"prompt": long})).await,
+        server.chat(json!({"messages": [{"role": "user", "content": long}]})).await,
+        server.post("/tokenize", json!({"prompt": long})).await,
+    ] {
+        assert_eq!((reply.error().0, reply.code().as_str()), (400, "context_length_exceeded"));
+        assert!(reply.error().2.contains("bytes"), "{}", reply.error().2);
+    }
 }
 
 #[tokio::test]

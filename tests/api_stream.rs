@@ -123,7 +123,7 @@ async fn idle(server: &Server) {
 
 fn long(stream: bool) -> Value {
     json!({"messages": [{"role": "user", "content": "Tell me everything."}], "ignore_eos": true,
-           "max_tokens": 3500, "stream": stream})
+           "max_tokens": 3500, "stream": stream, "cartridges": [{"id": "alpha", "source": "local"}]})
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -160,10 +160,16 @@ async fn hanging_up_cancels_whole_replies_and_waiting_requests_too() {
     }
     let stats = server.state.engine.stats();
     assert_eq!((stats.running, stats.waiting), (1, 1));
+    let leases = || -> usize { server.state.registry.list().iter().map(|c| c.leases).sum() };
+    assert!(leases() > 0, "both requests hold the cartridge");
     drop(waiting);
     drop(running);
     idle(&server).await;
-    // The leases are gone as well.
-    let list = server.state.registry.list();
-    assert!(list.iter().all(|c| c.leases == 0));
+    for _ in 0..400 {
+        if leases() == 0 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("{} leases are still held", leases());
 }

@@ -96,7 +96,7 @@ fn configuration_forms() {
     let none = Map::new();
     let render = |config: &Value, file: Option<&str>, tools: Option<&Value>, kwargs: &Map<_, _>| {
         let template = ChatTemplate::from_config(config, file).unwrap().unwrap();
-        template.render(&TemplateRequest { tools, ..request(&messages, kwargs) })
+        template.render_trusted(&TemplateRequest { tools, ..request(&messages, kwargs) })
     };
     let config = json!({
         "chat_template":
@@ -149,10 +149,33 @@ fn arguments_of_a_wrong_type_are_refused_by_name() {
         assert!(matches!(&e, TextError::InvalidKwarg { name: n, .. } if n == name), "{e}");
     }
     let kwargs = [("chat_template".to_owned(), json!("{% if %}"))].into_iter().collect();
-    let e = template.render(&request(&messages, &kwargs)).unwrap_err();
+    let e = template.render_trusted(&request(&messages, &kwargs)).unwrap_err();
     assert!(matches!(e, TextError::TemplateSyntax { .. }), "{e}");
     let e = template.render(&request(&[json!("hi")], &Map::new())).unwrap_err();
     assert!(matches!(e, TextError::InvalidMessages { .. }), "{e}");
+}
+
+#[test]
+fn a_template_source_in_the_request_is_refused_unless_trusted() {
+    let named = json!({"chat_template": [
+        {"name": "default", "template": "d"}, {"name": "rag", "template": "r"},
+    ]});
+    let many = ChatTemplate::from_config(&named, None).unwrap().unwrap();
+    let one = ChatTemplate::new("d", Map::new()).unwrap();
+    let messages = user("hi");
+    let kwargs = |source: &str| Map::from_iter([("chat_template".to_owned(), json!(source))]);
+    // Doubling a string forty times is far below the fuel and far above any memory.
+    let bomb = "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(40) %}\
+                {% set ns.s = ns.s ~ ns.s %}{% endfor %}";
+    for template in [&many, &one] {
+        let e = template.render(&request(&messages, &kwargs(bomb))).unwrap_err();
+        assert_eq!(e, TextError::RequestTemplate);
+        let e = template.render(&request(&messages, &kwargs("{% if %}"))).unwrap_err();
+        assert_eq!(e, TextError::RequestTemplate, "not even parsed");
+    }
+    assert_eq!(many.render(&request(&messages, &kwargs("rag"))).unwrap(), "r");
+    let own = kwargs("{{ messages[0].content }}!");
+    assert_eq!(one.render_trusted(&request(&messages, &own)).unwrap(), "hi!");
 }
 
 #[test]

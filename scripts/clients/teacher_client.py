@@ -1,7 +1,9 @@
 """Sends what the self-study teacher client of HazyResearch/cartridges sends (its Tokasaurus client, one
 request at a time) and reads the reply the way it does, checking every array.
 
-    python scripts/clients/teacher_client.py http://localhost:10210 [--model NAME] [--cartridge local:ID]
+    python scripts/clients/teacher_client.py http://localhost:10210 [--model NAME] [--cartridge local:ID]...
+
+`--cartridge` may be repeated: the real client sends the source `wandb` or `huggingface`.
 
 Exits with 0 when every check holds. Needs: pip install numpy
 """
@@ -35,12 +37,21 @@ def array(text, dtype):
     return np.frombuffer(base64.b64decode(text, validate=True), dtype=dtype)
 
 
+def check_end(url, choice, ids):
+    """The client trains on the end token too: it must be among the ids, and not in the text."""
+    if choice["finish_reason"] != "stop":
+        return
+    text = call(f"{url}/detokenize", {"tokens": ids.tolist()})["prompt"]
+    end = call(f"{url}/detokenize", {"tokens": [int(ids[-1])]})["prompt"]
+    assert end and text == choice["message"]["content"] + end, (text, choice["message"]["content"])
+
+
 def sample(url, model, messages, cartridges, temperature, top):
     body = {
         "model": model,
         "messages": messages,
         "temperature": temperature,
-        "max_completion_tokens": 16,
+        "max_completion_tokens": 48,
         "apply_chat_template_overrides": {},
         "logprobs_in_fingerprint": True,
     }
@@ -59,6 +70,7 @@ def sample(url, model, messages, cartridges, temperature, top):
     fingerprint = json.loads(reply["system_fingerprint"])
     ids = np.array(fingerprint["completion_ids"][0])
     assert len(ids) == reply["usage"]["completion_tokens"]
+    check_end(url, choice, ids)
     chosen = array(fingerprint["packed_chosen_logprobs"][0], "<f4")
     assert chosen.shape == ids.shape and (chosen <= 0).all()
     if not top:
@@ -90,7 +102,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url", help="without /v1")
     parser.add_argument("--model", help="the configured model name")
-    parser.add_argument("--cartridge", help="source:id of a cartridge the server has")
+    parser.add_argument(
+        "--cartridge", action="append", default=[], help="source:id of a cartridge the server has"
+    )
     args = parser.parse_args()
     model = probe(args.url, args.model)
     assert call(f"{args.url}/ping") == {"message": "pong"}
@@ -102,8 +116,9 @@ def main():
         for top in (None, TOP):
             sample(args.url, model, messages, None, temperature, top)
     plain = sample(args.url, model, messages, None, 0, TOP)
-    if args.cartridge:
-        source, name = args.cartridge.split(":", 1)
+    assert plain[0]["choices"][0]["finish_reason"] == "stop", "this question is answered to its end"
+    for cartridge in args.cartridge:
+        source, name = cartridge.split(":", 1)
         cartridges = [{"id": name, "source": source, "force_redownload": False}]
         reply, *arrays = sample(args.url, model, messages, cartridges, 0, TOP)
         assert reply["usage"]["prompt_tokens"] == plain[0]["usage"]["prompt_tokens"]

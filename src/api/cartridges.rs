@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::{Json, extract::State, http::HeaderValue};
 use serde_json::{Value, json};
 
-use super::{AppState, error::ApiError, openai::reply::CartridgeUsed};
+use super::{AppState, blocking, error::ApiError, openai::reply::CartridgeUsed};
 use crate::{
     cartridge::{CartridgeRef, Lease, Registry, Source},
     limits,
@@ -100,20 +100,31 @@ pub async fn acquire(
 }
 
 /// `x-cartouche-cartridges`: `id@generation`, comma separated; bytes that a header cannot hold, and the
-/// separators, are percent-encoded.
+/// separators, are percent-encoded. What does not fit is left out and the list ends in `...`; the body has
+/// them all.
 pub fn header(used: &[CartridgeUsed]) -> Option<HeaderValue> {
     let plain = |b: u8| b.is_ascii_graphic() && !matches!(b, b',' | b'@' | b'%');
     let encode = |text: &str| {
         let byte = |b: u8| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") };
         text.bytes().map(byte).collect::<String>()
     };
-    let items: Vec<_> =
-        used.iter().map(|c| format!("{}@{}", encode(&c.id), c.generation)).collect();
-    if items.is_empty() { None } else { HeaderValue::try_from(items.join(",")).ok() }
+    let mut value = String::new();
+    for cartridge in used {
+        let item = format!("{}@{}", encode(&cartridge.id), cartridge.generation);
+        let separator = if value.is_empty() { "" } else { "," };
+        if value.len() + separator.len() + item.len() > limits::MAX_ECHO_HEADER_BYTES {
+            value += separator;
+            value += "...";
+            break;
+        }
+        value += separator;
+        value += &item;
+    }
+    if value.is_empty() { None } else { HeaderValue::try_from(value).ok() }
 }
 
-/// `GET /v1/cartridges`.
-pub async fn list(State(state): State<Arc<AppState>>) -> Json<Value> {
+/// `GET /v1/cartridges`. The folder is read, which can take its time.
+pub async fn list(State(state): State<Arc<AppState>>) -> Result<Json<Value>, ApiError> {
     let entry = |info| {
         let mut entry = json!({"object": "cartridge"});
         if let (Value::Object(entry), Ok(Value::Object(info))) =
@@ -123,8 +134,10 @@ pub async fn list(State(state): State<Arc<AppState>>) -> Json<Value> {
         }
         entry
     };
-    let data: Vec<Value> = state.registry.list().into_iter().map(entry).collect();
-    Json(json!({"object": "list", "data": data}))
+    let registry = Arc::clone(&state.registry);
+    let data: Vec<Value> =
+        blocking::run(move || Ok(registry.list().into_iter().map(entry).collect())).await?;
+    Ok(Json(json!({"object": "list", "data": data})))
 }
 
 #[cfg(test)]
@@ -185,5 +198,9 @@ mod tests {
         assert_eq!(header(&[]), None);
         let value = header(&[used("org/a"), used("é, @")]).unwrap();
         assert_eq!(value, "org/a@ab12,%C3%A9%2C%20%40@ab12");
+        let long = vec![used(&"é".repeat(limits::MAX_CARTRIDGE_ID_BYTES / 2)); 16];
+        let value = header(&long).unwrap();
+        assert!(value.len() <= limits::MAX_ECHO_HEADER_BYTES + 4, "{} bytes", value.len());
+        assert!(value.to_str().unwrap().ends_with("@ab12,..."));
     }
 }

@@ -9,7 +9,7 @@ use axum::{
 };
 
 use super::{
-    AppState, cartridge_blocks, cartridges,
+    AppState, blocking, cartridge_blocks, cartridges,
     error::ApiError,
     extract::Body,
     generate::{Finish, Update},
@@ -17,7 +17,7 @@ use super::{
     openai::{
         fields::{ChatFields, RequestBody},
         params::{Settings, chat_logprobs},
-        prompt::ChatPrompt,
+        prompt::{ChatPrompt, Prompt},
         reply::{AssistantMessage, ChatChoice, ChatChunkChoice, ChatLogprobs, Delta, Reply},
     },
     request::{self, Notes, Prepared, with_headers},
@@ -30,11 +30,11 @@ use crate::engine::SampledToken;
 /// Answers a chat completion, whole or as a stream.
 pub async fn completions(
     State(state): State<Arc<AppState>>,
-    Body(body): Body,
+    body: Body,
 ) -> Result<Response, ApiError> {
     state.check_ready()?;
-    let prepared = prepare(&state, RequestBody::parse(&body)?).await?;
-    let updates = prepared.submit(&state, state.options.default_max_tokens, false)?;
+    let prepared = prepare(&state, body.read(RequestBody::parse).await?).await?;
+    let updates = prepared.submit(&state, state.options.default_max_tokens)?;
     let headers = prepared.headers();
     let reply = ChatReply::new(&state, prepared);
     let response = if reply.settings.stream {
@@ -63,11 +63,14 @@ async fn prepare(state: &AppState, body: RequestBody<ChatFields>) -> Result<Prep
     let references = cartridges::collect(suffix, blocks, list, state.options.sort_cartridges)?;
     let has_cartridges = !references.is_empty();
     let add_special = settings.add_special_tokens.unwrap_or(false);
+    let text_goes_on = prompt.continue_final_message;
+    let how = request::tokenising(state, has_cartridges, add_special);
     let (leases, (prompt, unused)) =
         request::lease_and_tokenise(state, &references, move |model| {
             let mut unused = Vec::new();
-            let prompt = prompt.tokenise(model, has_cartridges, add_special, &mut unused)?;
-            Ok((prompt, unused))
+            let prompt = prompt.tokenise(model, how, &mut unused)?;
+            // Nothing shows the text again: it need not wait for the generation.
+            Ok((Prompt { text: None, ..prompt }, unused))
         })
         .await?;
     notes.ignored.extend(unused);
@@ -75,6 +78,7 @@ async fn prepare(state: &AppState, body: RequestBody<ChatFields>) -> Result<Prep
         model_name: common.model.unwrap_or_else(|| state.model.name.clone()),
         settings,
         prompts: vec![prompt],
+        text_goes_on,
         leases,
         notes,
         started,
@@ -116,15 +120,12 @@ impl ChatReply {
         let shown = self.shows_logprobs();
         let mut choices: Vec<Choice> = Vec::new();
         choices.resize_with(self.settings.n, Choice::default);
-        let mut prompt_logprobs = None;
+        let mut prompt_logprobs = Vec::new();
         while let Some((prompt, update)) = updates.next().await {
             let update = update?;
             self.tally.observe(prompt, &update);
             match update {
-                Update::Prompt { logprobs, .. } => {
-                    let wanted = self.settings.logprobs.prompt;
-                    prompt_logprobs = wanted.map(|k| self.writer.prompt(&logprobs, k));
-                }
+                Update::Prompt { logprobs, .. } => prompt_logprobs = logprobs,
                 Update::Delta { choice, text, token, finish } => {
                     let Some(choice) = choices.get_mut(choice) else { continue };
                     choice.text.push_str(&text);
@@ -133,6 +134,20 @@ impl ChatReply {
                 }
             }
         }
+        if self.settings.logprobs.is_heavy() {
+            blocking::run(move || self.reply(choices, &prompt_logprobs)).await
+        } else {
+            self.reply(choices, &prompt_logprobs)
+        }
+    }
+
+    /// The whole reply. With log-probabilities it can be many megabytes.
+    fn reply(
+        &self,
+        choices: Vec<Choice>,
+        prompt_logprobs: &[Option<SampledToken>],
+    ) -> Result<Response, ApiError> {
+        let shown = self.shows_logprobs();
         let choices = choices
             .into_iter()
             .enumerate()
@@ -150,10 +165,11 @@ impl ChatReply {
                 })
             })
             .collect::<Result<Vec<_>, ApiError>>()?;
+        let wanted = self.settings.logprobs.prompt;
         let reply = Reply {
             usage: Some(self.tally.usage()),
             system_fingerprint: Some(self.tally.fingerprint.to_json()),
-            prompt_logprobs,
+            prompt_logprobs: wanted.map(|k| self.writer.prompt(prompt_logprobs, k)),
             prompt_token_ids: self.settings.return_token_ids.then_some(&self.prompt_ids[..]),
             cartridges: &self.tally.cartridges,
             ..self.envelope("chat.completion", choices)

@@ -10,7 +10,7 @@ use axum::{
 };
 
 use super::{
-    AppState, cartridges,
+    AppState, blocking, cartridges,
     error::ApiError,
     extract::Body,
     generate::{Finish, Update},
@@ -18,8 +18,9 @@ use super::{
     openai::{
         fields::{CompletionFields, RequestBody},
         params::{Settings, completion_logprobs},
-        prompt::{Input, Prompt, completion_inputs, encode},
-        reply::{Reply, TextChoice, TextLogprobs},
+        prompt::{Prompt, encode},
+        prompt_field::Input,
+        reply::{Joined, Reply, TextChoice, TextLogprobs},
     },
     request::{self, Notes, Prepared, with_headers},
     stream,
@@ -34,13 +35,13 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 /// Answers a text completion, whole or as a stream.
 pub async fn completions(
     State(state): State<Arc<AppState>>,
-    Body(body): Body,
+    body: Body,
 ) -> Result<Response, ApiError> {
     state.check_ready()?;
-    let body = RequestBody::<CompletionFields>::parse(&body)?;
+    let body = body.read(RequestBody::<CompletionFields>::parse).await?;
     let echo = body.own.echo.unwrap_or(false);
     let prepared = prepare(&state, body, echo).await?;
-    let updates = prepared.submit(&state, Some(DEFAULT_MAX_TOKENS), true)?;
+    let updates = prepared.submit(&state, Some(DEFAULT_MAX_TOKENS))?;
     let headers = prepared.headers();
     let reply = TextReply::new(&state, prepared, echo);
     let response = if reply.settings.stream {
@@ -63,7 +64,7 @@ async fn prepare(
     let logprobs = completion_logprobs(own.logprobs, echo, bounds)?;
     let settings = Settings::new(&common, logprobs, echo, bounds)?;
     let suffix = request::resolve_model(state, common.model.as_deref(), &mut notes.warnings)?;
-    let inputs = completion_inputs(own.prompt, bounds.vocab_size)?;
+    let inputs = own.prompt.into_inputs(bounds.vocab_size)?;
     let references = cartridges::collect(
         suffix,
         Vec::new(),
@@ -72,12 +73,16 @@ async fn prepare(
     )?;
     // A cartridge begins with the BOS it was trained with; a second one would be a second sink.
     let add_special = settings.add_special_tokens.unwrap_or(references.is_empty());
+    let how = request::tokenising(state, !references.is_empty(), add_special);
     let (leases, prompts) = request::lease_and_tokenise(state, &references, move |model| {
         inputs
             .into_iter()
             .map(|input| match input {
-                Input::Text(text) => encode(model, text, add_special, "prompt"),
-                Input::Ids(ids) => Ok(Prompt { ids, text: None }),
+                Input::Text(text) => {
+                    let prompt = encode(model, text, how, "prompt")?;
+                    Ok(Prompt { text: prompt.text.filter(|_| echo), ..prompt })
+                }
+                Input::Ids(ids) => Ok(Prompt { ids, text: None, added: 0 }),
             })
             .collect::<Result<Vec<_>, _>>()
     })
@@ -86,6 +91,7 @@ async fn prepare(
         model_name: common.model.unwrap_or_else(|| state.model.name.clone()),
         settings,
         prompts,
+        text_goes_on: true,
         leases,
         notes,
         started,
@@ -137,7 +143,7 @@ impl TextReply {
                         Detokenizer::new(&writer.tokenizer, settings.skip_special_tokens);
                     let text: String = prompt.ids.iter().map(|&id| detokenizer.push(id)).collect();
                     // A char that the prompt leaves incomplete is shown with the completion.
-                    text
+                    text + &detokenizer.settle()
                 });
                 Echo { chars: text.chars().count(), text, logprobs: TextLogprobs::default() }
             })
@@ -159,15 +165,16 @@ impl TextReply {
         let n = self.settings.n;
         let mut choices: Vec<Choice> = Vec::new();
         choices.resize_with(self.prompts.len() * n, Choice::default);
-        let mut prompt_logprobs = vec![None; self.prompts.len()];
+        let mut prompt_logprobs = vec![Vec::new(); self.prompts.len()];
         while let Some((prompt, update)) = updates.next().await {
             let update = update?;
             self.tally.observe(prompt, &update);
             match update {
                 Update::Prompt { logprobs, .. } => {
-                    let wanted = self.settings.logprobs.prompt;
-                    prompt_logprobs[prompt] = wanted.map(|k| self.writer.prompt(&logprobs, k));
                     self.echo_logprobs(prompt, &logprobs);
+                    if self.settings.logprobs.prompt.is_some() {
+                        prompt_logprobs[prompt] = logprobs;
+                    }
                 }
                 Update::Delta { choice, text, token, finish } => {
                     let Some(choice) = choices.get_mut(prompt * n + choice) else { continue };
@@ -177,6 +184,20 @@ impl TextReply {
                 }
             }
         }
+        if self.settings.logprobs.is_heavy() {
+            blocking::run(move || self.reply(choices, &prompt_logprobs)).await
+        } else {
+            self.reply(choices, &prompt_logprobs)
+        }
+    }
+
+    /// The whole reply. With log-probabilities it can be many megabytes.
+    fn reply(
+        &self,
+        choices: Vec<Choice>,
+        prompt_logprobs: &[Vec<Option<SampledToken>>],
+    ) -> Result<Response, ApiError> {
+        let n = self.settings.n;
         let choices = choices
             .into_iter()
             .enumerate()
@@ -185,17 +206,17 @@ impl TextReply {
                 let finish = choice.finish.ok_or_else(|| {
                     ApiError::internal("the engine ended the request before it was complete")
                 })?;
-                let mut lists = self.echoed_lists(prompt);
-                self.push_tokens(&mut lists, prompt, &choice.tokens);
+                let wanted = self.settings.logprobs.prompt;
                 let ids = self.settings.return_token_ids;
                 Ok(TextChoice {
                     index,
                     text: format!("{}{}", self.echoes[prompt].text, choice.text),
-                    logprobs: self.shows_logprobs().then_some(lists),
+                    logprobs: self.shows_logprobs().then(|| self.joined(prompt, &choice.tokens)),
                     finish_reason: Some(finish.reason),
                     stop_reason: Some(finish.stop).filter(|stop| !stop.is_null()),
-                    prompt_logprobs: prompt_logprobs[prompt].clone(),
-                    prompt_token_ids: ids.then(|| self.prompts[prompt].ids.clone()),
+                    prompt_logprobs: wanted
+                        .map(|k| self.writer.prompt(&prompt_logprobs[prompt], k)),
+                    prompt_token_ids: ids.then_some(&self.prompts[prompt].ids[..]),
                     token_ids: ids.then(|| self.tally.fingerprint.ids(index).to_vec()),
                 })
             })
@@ -219,10 +240,12 @@ impl TextReply {
             return;
         }
         let echo = &mut self.echoes[prompt];
-        let mut detokenizer =
-            Detokenizer::new(&self.writer.tokenizer, self.settings.skip_special_tokens);
+        let Prompt { ids, text, added } = &self.prompts[prompt];
+        // The client's text has its special tokens in it, whatever is skipped elsewhere.
+        let skip = self.settings.skip_special_tokens && text.is_none();
+        let mut detokenizer = Detokenizer::new(&self.writer.tokenizer, skip);
         let (mut offset, top) = (0, self.settings.logprobs.top);
-        for (&id, position) in self.prompts[prompt].ids.iter().zip(positions) {
+        for (i, (&id, position)) in ids.iter().zip(positions).enumerate() {
             // `prompt_logprobs` may have asked for more alternatives than `logprobs`.
             let position = position.clone().map(|mut t| {
                 t.top.truncate(top);
@@ -231,33 +254,28 @@ impl TextReply {
             // The client's text may be shorter than its decoding where the tokenizer normalises.
             let at = offset.min(echo.chars);
             self.writer.push_text(&mut echo.logprobs, id, position.as_ref(), top > 0, at);
-            offset += detokenizer.push(id).chars().count();
+            if i >= *added {
+                offset += detokenizer.push(id).chars().count();
+            }
         }
     }
 
-    fn echoed_lists(&self, prompt: usize) -> TextLogprobs {
-        let lists = &self.echoes[prompt].logprobs;
-        TextLogprobs {
-            tokens: lists.tokens.clone(),
-            token_logprobs: lists.token_logprobs.clone(),
-            top_logprobs: lists.top_logprobs.clone(),
-            text_offset: lists.text_offset.clone(),
-        }
+    /// The lists of a choice, after those of its prompt.
+    fn joined(&self, prompt: usize, tokens: &[(SampledToken, usize)]) -> Joined<'_> {
+        let own = self.own_lists(prompt, tokens);
+        Joined { prompt: &self.echoes[prompt].logprobs, own }
     }
 
-    fn push_tokens(
-        &self,
-        lists: &mut TextLogprobs,
-        prompt: usize,
-        tokens: &[(SampledToken, usize)],
-    ) {
+    fn own_lists(&self, prompt: usize, tokens: &[(SampledToken, usize)]) -> TextLogprobs {
         let (start, top) = (self.echoes[prompt].chars, self.settings.logprobs.top);
+        let mut lists = TextLogprobs::default();
         for (token, offset) in tokens {
-            self.writer.push_text(lists, token.id, Some(token), top > 0, start + offset);
+            self.writer.push_text(&mut lists, token.id, Some(token), top > 0, start + offset);
         }
+        lists
     }
 
-    fn envelope(&self, choices: Vec<TextChoice>) -> Reply<'_, TextChoice> {
+    fn envelope<'a>(&'a self, choices: Vec<TextChoice<'a>>) -> Reply<'a, TextChoice<'a>> {
         Reply {
             id: &self.id,
             object: "text_completion",
@@ -288,8 +306,8 @@ impl stream::Encoder for TextReply {
                     let choice = TextChoice {
                         text: self.echoes[prompt].text.clone(),
                         logprobs: (self.echo && self.shows_logprobs())
-                            .then(|| self.echoed_lists(prompt)),
-                        prompt_token_ids: ids.then(|| self.prompts[prompt].ids.clone()),
+                            .then(|| self.joined(prompt, &[])),
+                        prompt_token_ids: ids.then_some(&self.prompts[prompt].ids[..]),
                         ..empty_choice(self.tally.index(prompt, choice))
                     };
                     chunks.extend(serde_json::to_string(&self.envelope(vec![choice])));
@@ -300,10 +318,9 @@ impl stream::Encoder for TextReply {
                 if text.is_empty() && !wants_token && finish.is_none() {
                     return;
                 }
-                let logprobs = (self.shows_logprobs() && token.is_some()).then(|| {
-                    let mut lists = TextLogprobs::default();
-                    self.push_tokens(&mut lists, prompt, token.as_slice());
-                    lists
+                let logprobs = (self.shows_logprobs() && token.is_some()).then(|| Joined {
+                    prompt: &NO_LISTS,
+                    own: self.own_lists(prompt, token.as_slice()),
                 });
                 let choice = TextChoice {
                     text,
@@ -337,7 +354,15 @@ impl stream::Encoder for TextReply {
     }
 }
 
-fn empty_choice(index: usize) -> TextChoice {
+/// Chunks after the echo show a token's lists alone.
+static NO_LISTS: TextLogprobs = TextLogprobs {
+    tokens: Vec::new(),
+    token_logprobs: Vec::new(),
+    top_logprobs: None,
+    text_offset: Vec::new(),
+};
+
+fn empty_choice<'a>(index: usize) -> TextChoice<'a> {
     TextChoice {
         index,
         text: String::new(),

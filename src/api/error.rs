@@ -1,6 +1,8 @@
 //! One error body for every route: the OpenAI `error` object and Tokasaurus's `detail` side by side, so
 //! that clients of either read what they expect.
 
+use std::borrow::Cow;
+
 use axum::{
     Json,
     http::{HeaderValue, StatusCode, header::RETRY_AFTER},
@@ -8,7 +10,7 @@ use axum::{
 };
 use serde_json::{Value, json};
 
-use crate::{cartridge::CartridgeError, engine::EngineError, text::TextError};
+use crate::{cartridge::CartridgeError, engine::EngineError, limits, text::TextError};
 
 /// Seconds a client is told to wait when the queue is full.
 const RETRY_QUEUE_SECONDS: u64 = 1;
@@ -126,24 +128,57 @@ impl ApiError {
         }
     }
 
-    /// The JSON body; streams send it as their last event.
+    /// 400 for a text that cannot fit into the context, found before it is tokenised.
+    pub fn text_too_long(bytes: usize, limit: usize) -> Self {
+        Self {
+            code: Some("context_length_exceeded"),
+            ..Self::bad_request(format!(
+                "Request has prompt length = {bytes} bytes, which is larger than the maximum number \
+                 of tokens per request = {limit} can hold"
+            ))
+        }
+    }
+
+    /// 500 for a chat template of the model that does not work.
+    pub fn template(message: impl Into<String>) -> Self {
+        Self { code: Some("template_error"), ..Self::internal(message) }
+    }
+
+    /// The JSON body; streams send it as their last event. Messages and paths may repeat what the client
+    /// sent, which has no bound but the body's: they are cut.
     pub fn body(&self) -> Value {
+        let message = clip(&self.message);
         json!({
             "error": {
-                "message": self.message,
+                "message": message,
                 "type": self.kind,
-                "param": self.param,
+                "param": self.param.as_deref().map(clip),
                 "code": self.code,
             },
-            "detail": self.message,
+            "detail": message,
         })
     }
+}
+
+/// At most [`limits::MAX_ERROR_TEXT_BYTES`] of a text, and a sign that more followed.
+fn clip(text: &str) -> Cow<'_, str> {
+    if text.len() <= limits::MAX_ERROR_TEXT_BYTES {
+        return Cow::Borrowed(text);
+    }
+    let room = limits::MAX_ERROR_TEXT_BYTES - "…".len();
+    let end = (0..=room).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
+    Cow::Owned(format!("{}…", &text[..end]))
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         if self.status.is_server_error() {
-            tracing::error!(status = self.status.as_u16(), code = self.code, "{}", self.message);
+            tracing::error!(
+                status = self.status.as_u16(),
+                code = self.code,
+                "{}",
+                clip(&self.message)
+            );
         }
         let mut response = (self.status, Json(self.body())).into_response();
         if let Some(seconds) = self.retry_after {
@@ -205,12 +240,17 @@ impl From<TextError> for ApiError {
         let message = error.to_string();
         match error {
             TextError::Tokenizer { .. } | TextError::Config { .. } => Self::internal(message),
+            TextError::TemplateSyntax { .. } | TextError::TemplateFuel { .. } => {
+                Self::template(message)
+            }
+            TextError::RequestTemplate => Self::unsupported("chat_template", &message),
             TextError::InvalidKwarg { name, .. } => Self::invalid(name, message),
             TextError::NoTemplate { .. } => Self::invalid("chat_template", message),
             TextError::ContinueFinal { .. } => Self::invalid("continue_final_message", message),
-            TextError::InvalidMessages { .. } | TextError::TemplateRaised { .. } => {
-                Self::invalid("messages", message)
-            }
+            TextError::InvalidMessages { .. }
+            | TextError::TemplateRaised { .. }
+            | TextError::TemplateRender { .. }
+            | TextError::TemplateTooLarge { .. } => Self::invalid("messages", message),
             _ => Self::bad_request(message),
         }
     }
@@ -235,6 +275,17 @@ mod tests {
                 "detail": "top_p must be between 0 and 1",
             })
         );
+    }
+
+    #[test]
+    fn what_a_client_sent_is_cut_in_messages_and_paths() {
+        let long = "é".repeat(500_000);
+        let body = ApiError::invalid(long.clone(), format!("{long} is odd")).body();
+        for text in [&body["error"]["message"], &body["error"]["param"], &body["detail"]] {
+            let text = text.as_str().unwrap();
+            assert!(text.len() <= limits::MAX_ERROR_TEXT_BYTES, "{} bytes", text.len());
+            assert!(text.starts_with("éé") && text.ends_with("é…"));
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use serde::{
     de::{DeserializeOwned, IgnoredAny, Visitor, value::Error as ValueError},
 };
 
-use super::error::ApiError;
+use super::{blocking, error::ApiError};
 use crate::limits;
 
 /// The raw body, whatever its content type says (as the peers do; `curl -d` sends a form type).
@@ -30,6 +30,43 @@ impl<S: Send + Sync> FromRequest<S> for Body {
             Err(e) => Err(ApiError::bad_request(format!("the body cannot be read: {e}"))),
         }
     }
+}
+
+impl Body {
+    /// Parses the body, a large one off the async threads, and lets go of it.
+    pub async fn read<T: Send + 'static>(
+        self,
+        parse: fn(&[u8]) -> Result<T, ApiError>,
+    ) -> Result<T, ApiError> {
+        let Self(bytes) = self;
+        let is_small = bytes.len() <= limits::MAX_INLINE_BODY_BYTES;
+        let work = move || {
+            check_values(&bytes)?;
+            parse(&bytes)
+        };
+        if is_small { work() } else { blocking::run(work).await }
+    }
+}
+
+/// Refuses a body of more values than memory should pay for, before any of them is built. Commas outside of
+/// strings and opening brackets are counted: every value but the outermost comes after one of them.
+fn check_values(json: &[u8]) -> Result<(), ApiError> {
+    let (mut values, mut in_string, mut escaped) = (0usize, false, false);
+    for &byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b',' | b'[' | b'{' if !in_string => values += 1,
+            _ => {}
+        }
+    }
+    if values > limits::MAX_JSON_VALUES {
+        let limit = limits::MAX_JSON_VALUES;
+        let message = format!("the body holds more than {limit} values (list items and members)");
+        return Err(ApiError::bad_request(message));
+    }
+    Ok(())
 }
 
 /// Reads one struct from a JSON object. Keys that `T` does not have are skipped; see [`keys`].
@@ -140,6 +177,17 @@ mod tests {
         assert!(parse::<Sample>(br#"{"number":1,"number":2}"#).is_err());
         assert!(unknown_keys(b"[]", &[]).is_err());
         assert!(unknown_keys(b"3", &[]).is_err());
+    }
+
+    #[test]
+    fn values_are_counted_outside_of_strings() {
+        let many = |count: usize| format!("[{}0]", "0,".repeat(count));
+        assert!(check_values(many(limits::MAX_JSON_VALUES - 1).as_bytes()).is_ok());
+        assert!(check_values(many(limits::MAX_JSON_VALUES).as_bytes()).is_err());
+        let nested = "[".repeat(limits::MAX_JSON_VALUES + 1);
+        assert!(check_values(nested.as_bytes()).is_err());
+        let text = format!(r#"{{"a":"{}"}}"#, r#",[{\\\","#.repeat(limits::MAX_JSON_VALUES));
+        assert!(check_values(text.as_bytes()).is_ok());
     }
 
     #[test]

@@ -79,6 +79,8 @@ impl Assembly {
         for &id in &context[context.len().saturating_sub(CONTEXT_TOKENS)..] {
             detokenizer.push(id);
         }
+        // A newline of a byte-fallback vocabulary is held back, and is the prompt's.
+        detokenizer.settle();
         let choice = || Choice {
             detokenizer: detokenizer.clone(),
             matcher: StopMatcher::new(options.stop.clone()),

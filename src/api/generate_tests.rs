@@ -101,6 +101,64 @@ fn a_completion_that_goes_on_keeps_its_context() {
     assert!(matches!(update, Some(Update::Delta { text, .. }) if text == "é"));
 }
 
+fn llama2() -> Tokenizer {
+    let path = format!("{}/tests/fixtures/tokenizers/llama2.json", env!("CARGO_MANIFEST_DIR"));
+    let fixture: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    Tokenizer::from_bytes(fixture["tokenizer"].to_string().as_bytes()).unwrap()
+}
+
+/// Text of the pieces generated after `prompt`, and the finish.
+fn go_on(prompt: &[u32], pieces: &[&str], stop: &[&str]) -> (String, Option<&'static str>) {
+    let tokenizer = llama2();
+    let options = TextOptions { eos_token_ids: vec![], stop_token_ids: vec![], ..options(stop) };
+    let mut assembly = Assembly::new(&tokenizer, &options, prompt);
+    let ids = pieces.iter().map(|piece| tokenizer.token_id(piece).unwrap());
+    let events = ids
+        .map(|id| Event::Token { choice: 0, token: token(id) })
+        .chain([Event::Finished { choice: 0, reason: FinishReason::Length }]);
+    let (mut out, mut end) = (String::new(), None);
+    for event in events {
+        if let Some(Update::Delta { text, finish, .. }) = assembly.on_event(event).unwrap() {
+            out += &text;
+            end = end.or(finish.map(|f| f.reason));
+        }
+    }
+    (out, end)
+}
+
+#[test]
+fn a_newline_that_ends_the_prompt_is_not_said_again() {
+    let tokenizer = llama2();
+    for prompt in ["hello world\n", "\n", "hello\n\n"] {
+        let prompt = tokenizer.encode(prompt, true).unwrap();
+        assert_eq!(tokenizer.token_string(*prompt.last().unwrap()), "<0x0A>");
+        let (text, end) = go_on(&prompt, &["▁hello", "▁world"], &["\n"]);
+        assert_eq!((text.as_str(), end), (" hello world", Some("length")));
+        let (text, end) = go_on(&prompt, &["<0x0A>", "▁hello"], &[]);
+        assert_eq!((text.as_str(), end), ("\n hello", Some("length")));
+        let (text, end) = go_on(&prompt, &["h", "<0x0A>", "▁hello"], &["\n"]);
+        assert_eq!((text.as_str(), end), ("h", Some("stop")));
+        // Bytes that go on with the prompt's run, to a whole char, and to none.
+        assert_eq!(go_on(&prompt, &["<0xC3>", "<0xA9>", "h"], &[]).0, "éh");
+        assert_eq!(go_on(&prompt, &["<0xFF>", "h"], &[]).0, "\u{FFFD}h");
+        assert_eq!(go_on(&prompt, &[], &[]).0, "");
+    }
+    let mut split = tokenizer.encode("hello\n", true).unwrap();
+    split.push(tokenizer.token_id("<0xC3>").unwrap());
+    assert_eq!(go_on(&split, &["<0xA9>", "h"], &[]).0, "éh", "a char the prompt left incomplete");
+}
+
+#[test]
+fn an_echoed_prompt_shows_its_last_newline() {
+    let tokenizer = llama2();
+    let ids = tokenizer.encode("hello\n", false).unwrap();
+    let mut detokenizer = Detokenizer::new(&tokenizer, true);
+    let text: String = ids.iter().map(|&id| detokenizer.push(id)).collect();
+    assert_eq!(text + &detokenizer.settle(), "hello\n");
+    assert_eq!(detokenizer.settle(), "", "once");
+    assert_eq!(detokenizer.push(tokenizer.token_id("▁world").unwrap()), " world");
+}
+
 #[test]
 fn text_withheld_for_a_stop_string_is_released_at_the_end() {
     let (text, finish, _) = run(&options(&["d and"]), "Hello world", &[2], FinishReason::Stop);

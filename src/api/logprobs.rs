@@ -1,7 +1,8 @@
 //! Log-probabilities on the wire: the OpenAI lists, vLLM's `prompt_logprobs`, Tokasaurus's fingerprint.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use serde_json::{Map, Value, json};
+use serde::{Serialize, Serializer};
+use serde_json::json;
 
 use super::openai::reply::{ChatLogprobs, TextLogprobs, TokenLogprob, TopLogprob, TopMap};
 use crate::{engine::SampledToken, text::Tokenizer};
@@ -21,7 +22,7 @@ pub enum TokenStyle {
 }
 
 /// Writes tokens for one request.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct TokenWriter {
     pub tokenizer: Tokenizer,
     pub style: TokenStyle,
@@ -98,25 +99,59 @@ impl TokenWriter {
         }
     }
 
-    /// vLLM's `prompt_logprobs`: per prompt token null, or an object from token id to its
-    /// log-probability, rank (null when it is not among the `k` most likely) and text.
-    pub fn prompt(&self, positions: &[Option<SampledToken>], k: usize) -> Value {
+    /// vLLM's `prompt_logprobs` with `k` alternatives.
+    pub fn prompt<'a>(
+        &'a self,
+        positions: &'a [Option<SampledToken>],
+        k: usize,
+    ) -> PromptLogprobs<'a> {
+        PromptLogprobs { writer: self, positions, k }
+    }
+}
+
+/// vLLM's `prompt_logprobs`: per prompt token null, or an object from token id to its log-probability, rank
+/// (null when it is not among the `k` most likely) and text. Borrowed: every choice of a prompt shows it, and
+/// as JSON values it would take a hundred bytes per number.
+#[derive(Debug, Clone, Copy)]
+pub struct PromptLogprobs<'a> {
+    writer: &'a TokenWriter,
+    positions: &'a [Option<SampledToken>],
+    k: usize,
+}
+
+impl Serialize for PromptLogprobs<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let position = |token| Position { writer: self.writer, token, k: self.k };
+        serializer.collect_seq(self.positions.iter().map(|p| p.as_ref().map(position)))
+    }
+}
+
+/// One prompt token and its alternatives.
+struct Position<'a> {
+    writer: &'a TokenWriter,
+    token: &'a SampledToken,
+    k: usize,
+}
+
+#[derive(Serialize)]
+struct PositionEntry {
+    logprob: f32,
+    rank: Option<usize>,
+    decoded_token: String,
+}
+
+impl Serialize for Position<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Self { writer, token, k } = self;
         let entry = |id: u32, logprob: f32, rank: Option<usize>| {
-            let entry =
-                json!({"logprob": finite(logprob), "rank": rank, "decoded_token": self.name(id)});
-            (id.to_string(), entry)
+            (id, PositionEntry { logprob: finite(logprob), rank, decoded_token: writer.name(id) })
         };
-        let position = |t: &SampledToken| {
-            let rank = t.top.iter().position(|(id, _)| *id == t.id).map(|i| i + 1);
-            let mut map = Map::from_iter([entry(t.id, t.logprob, rank)]);
-            for (i, &(id, logprob)) in t.top.iter().take(k).enumerate() {
-                if id != t.id {
-                    map.extend([entry(id, logprob, Some(i + 1))]);
-                }
-            }
-            Value::Object(map)
-        };
-        positions.iter().map(|p| p.as_ref().map_or(Value::Null, position)).collect()
+        let rank = token.top.iter().position(|(id, _)| *id == token.id).map(|i| i + 1);
+        let alternatives = token.top.iter().take(*k).enumerate();
+        let others = alternatives
+            .filter(|(_, (id, _))| *id != token.id)
+            .map(|(i, &(id, logprob))| entry(id, logprob, Some(i + 1)));
+        serializer.collect_map(std::iter::once(entry(token.id, token.logprob, rank)).chain(others))
     }
 }
 

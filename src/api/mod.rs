@@ -4,6 +4,7 @@
 //! meant), `cartridges` and `openai::prompt` (what it is about), the engine, `generate` (tokens to text)
 //! and ends in `chat` or `completions` as a whole reply or through `stream`.
 
+mod blocking;
 mod cartridge_blocks;
 mod cartridges;
 mod chat;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use axum::{
     Json,
-    extract::{Path, State},
+    extract::{Path, State, rejection::PathRejection},
 };
 use serde_json::{Value, json};
 
@@ -19,8 +19,9 @@ pub async fn list(State(state): State<Arc<AppState>>) -> Json<Value> {
 /// One model by id (which may hold slashes); letter case does not matter.
 pub async fn one(
     State(state): State<Arc<AppState>>,
-    Path(id): Path<String>,
+    id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, ApiError> {
+    let Path(id) = id.map_err(|e| ApiError::invalid("model", e.body_text()))?;
     if id.eq_ignore_ascii_case(&state.model.name) {
         Ok(Json(entry(&state)))
     } else {
@@ -36,6 +37,6 @@ fn entry(state: &AppState) -> Value {
         "owned_by": "cartouche",
         "root": state.model.name,
         "parent": null,
-        "max_model_len": state.engine.info().max_context,
+        "max_model_len": state.max_model_len(),
     })
 }

@@ -9,14 +9,14 @@ use axum::{
 };
 
 use super::{
-    AppState,
+    AppState, blocking,
     cartridges::{self, ModelName},
     error::ApiError,
     generate::{Assembly, TextOptions},
     logprobs::{TokenStyle, TokenWriter},
     openai::{
         params::{Bounds, Settings, token_budget},
-        prompt::Prompt,
+        prompt::{Prompt, Tokenising},
         reply::CartridgeUsed,
     },
     state::ServedModel,
@@ -32,8 +32,6 @@ use crate::{
 const IGNORED_FIELDS: HeaderName = HeaderName::from_static("x-cartouche-ignored-fields");
 const WARNINGS: HeaderName = HeaderName::from_static("x-cartouche-warnings");
 const CARTRIDGES: HeaderName = HeaderName::from_static("x-cartouche-cartridges");
-/// Bytes of a header that repeats names from the request.
-const MAX_NOTES_HEADER_BYTES: usize = 2048;
 
 /// What is told beside the reply.
 #[derive(Debug, Default)]
@@ -48,6 +46,8 @@ pub struct Prepared {
     pub model_name: String,
     pub settings: Settings,
     pub prompts: Vec<Prompt>,
+    /// The reply's text continues the prompt's instead of standing alone.
+    pub text_goes_on: bool,
     pub leases: Vec<Lease>,
     pub notes: Notes,
     pub started: Instant,
@@ -59,6 +59,16 @@ pub fn bounds(state: &AppState) -> Bounds<'_> {
         vocab_size: state.engine.info().vocab_size,
         max_top_logprobs: state.options.max_top_logprobs,
         eos_token_ids: &state.model.eos_token_ids,
+    }
+}
+
+/// How the prompts of a request are tokenised.
+pub fn tokenising(state: &AppState, has_cartridges: bool, add_special_tokens: bool) -> Tokenising {
+    Tokenising {
+        has_cartridges,
+        add_special_tokens,
+        request_templates: state.options.allow_request_templates,
+        max_context: state.engine.info().max_context,
     }
 }
 
@@ -101,22 +111,17 @@ pub async fn off_thread<T: Send + 'static>(
     work: impl FnOnce(&ServedModel) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
     let model = Arc::clone(&state.model);
-    match tokio::task::spawn_blocking(move || work(&model)).await {
-        Ok(result) => result,
-        Err(_) => Err(ApiError::internal("the prompt could not be processed")),
-    }
+    blocking::run(move || work(&model)).await
 }
 
 impl Prepared {
     /// Submits every prompt; when one is refused the others are cancelled.
     ///
-    /// `default_max_tokens` stands in when the request sets none; `text_goes_on`: the completion's text
-    /// continues the prompt's instead of standing alone.
+    /// `default_max_tokens` stands in when the request sets none.
     pub fn submit(
         &self,
         state: &AppState,
         default_max_tokens: Option<usize>,
-        text_goes_on: bool,
     ) -> Result<Updates, ApiError> {
         let s = &self.settings;
         let info = state.engine.info();
@@ -155,7 +160,7 @@ impl Prepared {
                 stop_token_ids: [&s.eos_token_ids[..], &s.stop_token_ids].concat(),
                 logprobs: s.logprobs.options(),
             })?;
-            let context: &[u32] = if text_goes_on { &prompt.ids } else { &[] };
+            let context: &[u32] = if self.text_goes_on { &prompt.ids } else { &[] };
             streams.push((stream, Assembly::new(&state.model.tokenizer, &text, context)));
         }
         Ok(Updates::new(streams, self.started))
@@ -196,7 +201,7 @@ pub fn headers_of(notes: &Notes) -> Vec<(HeaderName, HeaderValue)> {
     let text = |list: &[String], separator: &str| {
         let clean = |c: char| if (' '..='~').contains(&c) { c } else { '?' };
         let joined: String =
-            list.join(separator).chars().map(clean).take(MAX_NOTES_HEADER_BYTES).collect();
+            list.join(separator).chars().map(clean).take(limits::MAX_ECHO_HEADER_BYTES).collect();
         if joined.is_empty() { None } else { HeaderValue::try_from(joined).ok() }
     };
     [(IGNORED_FIELDS, text(&notes.ignored, ", ")), (WARNINGS, text(&notes.warnings, "; "))]

@@ -40,6 +40,9 @@ pub struct ApiOptions {
     pub sort_cartridges: bool,
     /// Show vocabulary pieces (`Ġthe`) as token strings, as Tokasaurus does, instead of their text.
     pub raw_token_strings: bool,
+    /// Render chat templates that requests bring. Only for clients that are all trusted: a template can
+    /// exhaust the memory or the stack of the process.
+    pub allow_request_templates: bool,
 }
 
 impl Default for ApiOptions {
@@ -50,6 +53,7 @@ impl Default for ApiOptions {
             default_max_tokens: None,
             sort_cartridges: false,
             raw_token_strings: false,
+            allow_request_templates: false,
         }
     }
 }
@@ -84,6 +88,12 @@ pub struct AppState {
 }
 
 impl AppState {
+    /// Tokens of prompt and output that a request without cartridges can have.
+    pub(super) fn max_model_len(&self) -> usize {
+        let info = self.engine.info();
+        info.max_context.min(info.kv_tokens)
+    }
+
     /// 503 while starting or draining.
     pub(super) fn check_ready(&self) -> Result<(), ApiError> {
         if self.ready.get() {

@@ -81,3 +81,52 @@ impl<E: Encoder> Stream for Chunks<E> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt;
+
+    use super::*;
+    use crate::engine::EngineError;
+
+    struct Plain;
+
+    impl Encoder for Plain {
+        fn update(&mut self, _: usize, update: Update, chunks: &mut Vec<String>) {
+            if let Update::Delta { text, .. } = update {
+                chunks.push(text);
+            }
+        }
+
+        fn finish(&mut self, chunks: &mut Vec<String>) {
+            chunks.push("end".to_owned());
+        }
+    }
+
+    /// The `data:` lines of a stream over these updates.
+    async fn events(items: Vec<Result<Update, EngineError>>) -> Vec<String> {
+        let body = respond(Updates::of(items), Plain).into_body();
+        let bytes = body.collect().await.unwrap().to_bytes();
+        let text = String::from_utf8(bytes.to_vec()).unwrap();
+        text.lines().filter_map(|l| l.strip_prefix("data: ")).map(str::to_owned).collect()
+    }
+
+    fn delta(text: &str) -> Result<Update, EngineError> {
+        Ok(Update::Delta { choice: 0, text: text.to_owned(), token: None, finish: None })
+    }
+
+    #[tokio::test]
+    async fn a_failure_after_the_first_piece_is_an_error_event_and_no_done() {
+        let events = events(vec![delta("a"), Err(EngineError::NonFiniteLogits), delta("b")]).await;
+        assert_eq!(events.len(), 2, "{events:?}");
+        assert_eq!(events[0], "a");
+        let error: serde_json::Value = serde_json::from_str(&events[1]).unwrap();
+        assert_eq!(error["error"]["code"], "non_finite_logits");
+        assert_eq!(error["detail"], error["error"]["message"]);
+    }
+
+    #[tokio::test]
+    async fn a_complete_stream_ends_with_done() {
+        assert_eq!(events(vec![delta("a"), delta("b")]).await, ["a", "b", "end", "[DONE]"]);
+    }
+}

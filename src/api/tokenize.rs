@@ -8,14 +8,18 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
 
 use super::{
     AppState,
     error::ApiError,
     extract::{Body, field_names, parse, unknown_keys},
-    openai::{fields::ChatFields, params::unknown_token, prompt::ChatPrompt},
+    openai::{
+        fields::ChatFields,
+        params::unknown_token,
+        prompt::{ChatPrompt, check_text},
+    },
     request::{self, Notes, headers_of, with_headers},
 };
 
@@ -42,23 +46,28 @@ struct DetokenizeFields {
     tokens: Vec<u32>,
 }
 
+/// The fields, and the names of those that are ignored.
+fn parse_named<T: DeserializeOwned>(json: &[u8]) -> Result<(T, Vec<String>), ApiError> {
+    let ignored = unknown_keys(json, &[field_names::<T>()])?;
+    Ok((parse(json)?, ignored))
+}
+
 /// Text or messages to token ids.
 pub async fn tokenize(
     State(state): State<Arc<AppState>>,
-    Body(body): Body,
+    body: Body,
 ) -> Result<Response, ApiError> {
-    let mut notes = Notes {
-        ignored: unknown_keys(&body, &[field_names::<TokenizeFields>()])?,
-        warnings: Vec::new(),
-    };
-    let fields: TokenizeFields = parse(&body)?;
+    let (fields, ignored) = body.read(parse_named::<TokenizeFields>).await?;
+    let mut notes = Notes { ignored, warnings: Vec::new() };
     request::resolve_model(&state, fields.model.as_deref(), &mut notes.warnings)?;
-    let max_model_len = state.engine.info().max_context;
+    let max_model_len = state.max_model_len();
     let strings = fields.return_token_strs.unwrap_or(false);
     let reply = match (fields.prompt, fields.messages) {
         (Some(text), None) => {
             let special = fields.add_special_tokens.unwrap_or(true);
+            let how = request::tokenising(&state, false, special);
             let work = move |model: &super::ServedModel| {
+                check_text(model, &text, how.max_context)?;
                 let ids = model.tokenizer.encode(&text, special)?;
                 Ok(reply(model, &ids, strings, max_model_len))
             };
@@ -78,8 +87,9 @@ pub async fn tokenize(
                 add_generation_prompt: fields.add_generation_prompt,
                 continue_final_message: fields.continue_final_message,
             })?;
+            let how = request::tokenising(&state, false, special);
             let work = move |model: &super::ServedModel| {
-                let prompt = prompt.tokenise(model, false, special, &mut Vec::new())?;
+                let prompt = prompt.tokenise(model, how, &mut Vec::new())?;
                 Ok(reply(model, &prompt.ids, strings, max_model_len))
             };
             request::off_thread(&state, work).await?
@@ -106,13 +116,10 @@ fn reply(model: &super::ServedModel, ids: &[u32], strings: bool, max_model_len: 
 /// Token ids to text, special tokens included.
 pub async fn detokenize(
     State(state): State<Arc<AppState>>,
-    Body(body): Body,
+    body: Body,
 ) -> Result<Response, ApiError> {
-    let mut notes = Notes {
-        ignored: unknown_keys(&body, &[field_names::<DetokenizeFields>()])?,
-        warnings: Vec::new(),
-    };
-    let fields: DetokenizeFields = parse(&body)?;
+    let (fields, ignored) = body.read(parse_named::<DetokenizeFields>).await?;
+    let mut notes = Notes { ignored, warnings: Vec::new() };
     request::resolve_model(&state, fields.model.as_deref(), &mut notes.warnings)?;
     let vocab_size = state.engine.info().vocab_size;
     let outside = |(_, id): &(usize, &u32)| **id as usize >= vocab_size;

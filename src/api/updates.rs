@@ -55,6 +55,22 @@ impl Updates {
         }
     }
 
+    /// Updates that were made beforehand.
+    #[cfg(test)]
+    pub fn of(items: Vec<Result<Update, EngineError>>) -> Self {
+        let (sender, receiver) = mpsc::channel(items.len().max(1));
+        for item in items {
+            sender.try_send((0, item)).unwrap();
+        }
+        Self {
+            receiver,
+            _readers: JoinSet::new(),
+            started: Instant::now(),
+            first_token: false,
+            outcome: Outcome::Cancelled,
+        }
+    }
+
     /// The next update and the index of its prompt; `None` when every choice has finished.
     pub async fn next(&mut self) -> Option<(usize, Result<Update, ApiError>)> {
         std::future::poll_fn(|cx| self.poll_next(cx)).await

@@ -63,6 +63,13 @@ struct ServerOptions {
         long, env = "CARTOUCHE_RAW_TOKEN_STRINGS", num_args = 0..=1, default_missing_value = "true"
     )]
     raw_token_strings: Option<bool>,
+    /// Render chat templates that requests bring. Trusted clients only: a template can exhaust the
+    /// memory or the stack of the server
+    #[arg(
+        long, env = "CARTOUCHE_ALLOW_REQUEST_TEMPLATES", num_args = 0..=1,
+        default_missing_value = "true"
+    )]
+    allow_request_templates: Option<bool>,
     /// Seconds running requests get to finish after SIGTERM or Ctrl-C [default: 30]
     #[arg(long, env = "CARTOUCHE_DRAIN_SECONDS")]
     drain_seconds: Option<u64>,
@@ -120,6 +127,9 @@ async fn serve(
             default_max_tokens: options.default_max_tokens,
             sort_cartridges: options.sort_cartridges.unwrap_or(defaults.sort_cartridges),
             raw_token_strings: options.raw_token_strings.unwrap_or(defaults.raw_token_strings),
+            allow_request_templates: options
+                .allow_request_templates
+                .unwrap_or(defaults.allow_request_templates),
         },
         ready: ready.clone(),
         metrics,

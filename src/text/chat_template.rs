@@ -22,7 +22,6 @@ pub struct ChatTemplate {
     templates: Vec<(String, Compiled)>,
     special_tokens: Map<String, Value>,
     clock: Option<NaiveDateTime>,
-    request_templates: bool,
 }
 
 /// One rendering.
@@ -93,7 +92,7 @@ impl ChatTemplate {
     }
 
     fn assemble(templates: Vec<(String, Compiled)>, special_tokens: Map<String, Value>) -> Self {
-        Self { templates, special_tokens, clock: None, request_templates: true }
+        Self { templates, special_tokens, clock: None }
     }
 
     /// Fixes the time that `strftime_now` sees, so that a prompt does not change from day to day.
@@ -108,29 +107,45 @@ impl ChatTemplate {
         Ok(self)
     }
 
-    /// Whether a request may bring its own template source in `kwargs` (default: yes, as
-    /// Tokasaurus).
-    ///
-    /// Fuel bounds its instructions and the output is bounded, but not the strings it builds on the
-    /// way: a server open to strangers should say no. Names of the model's own templates stay
-    /// usable.
-    #[must_use]
-    pub fn allow_request_templates(mut self, allow: bool) -> Self {
-        self.request_templates = allow;
-        self
+    /// Whether a request's `chat_template` names one of the model's own templates; any other text is a
+    /// source. Only a list of templates has names.
+    pub fn has_named(&self, name: &str) -> bool {
+        self.templates.len() > 1 && self.by_name(name).is_some()
     }
 
-    /// Renders the prompt.
+    fn by_name(&self, name: &str) -> Option<&Compiled> {
+        self.templates.iter().find(|(n, _)| n == name).map(|(_, template)| template)
+    }
+
+    /// Renders the prompt with one of the model's own templates.
     ///
     /// # Errors
     /// [`TextError::TemplateRaised`] when the template refuses the messages, the other `Template*`
-    /// variants when it fails or passes a limit, [`TextError::InvalidKwarg`],
-    /// [`TextError::NoTemplate`], [`TextError::InvalidMessages`], [`TextError::ContinueFinal`].
+    /// variants when it fails or passes a limit, [`TextError::RequestTemplate`] when `kwargs` hold the
+    /// source of another template, [`TextError::InvalidKwarg`], [`TextError::NoTemplate`],
+    /// [`TextError::InvalidMessages`], [`TextError::ContinueFinal`].
     pub fn render(&self, req: &TemplateRequest) -> Result<String, TextError> {
+        self.render_with(req, false)
+    }
+
+    /// Like [`Self::render`], also with a template source in `kwargs`.
+    ///
+    /// For requests of trusted clients alone: fuel bounds a template's instructions, and its output is
+    /// bounded, but neither bounds the values it builds on the way. A dozen lines can double a string
+    /// until memory runs out, or nest lists until dropping them overflows the stack; both end the process.
+    ///
+    /// # Errors
+    /// Those of [`Self::render`] but [`TextError::RequestTemplate`].
+    pub fn render_trusted(&self, req: &TemplateRequest) -> Result<String, TextError> {
+        self.render_with(req, true)
+    }
+
+    fn render_with(&self, req: &TemplateRequest, trusted: bool) -> Result<String, TextError> {
         let resolved = resolve(req)?;
         let own;
         let template = match self.pick(&resolved)? {
             Picked::Ours(template) => template,
+            Picked::Given(_) if !trusted => return Err(TextError::RequestTemplate),
             Picked::Given(source) => {
                 own = Compiled::new(source, self.clock)?;
                 &own
@@ -160,22 +175,12 @@ impl ChatTemplate {
     }
 
     fn pick<'a>(&'a self, resolved: &Resolved<'a>) -> Result<Picked<'a>, TextError> {
-        let by_name = |name: &str| self.templates.iter().find(|(n, _)| n == name).map(|(_, t)| t);
         if let Some(source) = resolved.source {
-            // Only a list of templates has names a request can use.
-            let named = if self.templates.len() > 1 { by_name(source) } else { None };
-            return match named {
-                Some(template) => Ok(Picked::Ours(template)),
-                None if self.request_templates => Ok(Picked::Given(source)),
-                None => Err(TextError::InvalidKwarg {
-                    name: "chat_template".to_owned(),
-                    reason: "is not allowed: this server accepts only the model's own templates"
-                        .to_owned(),
-                }),
-            };
+            let named = if self.has_named(source) { self.by_name(source) } else { None };
+            return Ok(named.map_or(Picked::Given(source), Picked::Ours));
         }
-        let tool_use = resolved.tools.and_then(|_| by_name("tool_use"));
-        tool_use.or_else(|| by_name("default")).map(Picked::Ours).ok_or_else(|| {
+        let tool_use = resolved.tools.and_then(|_| self.by_name("tool_use"));
+        tool_use.or_else(|| self.by_name("default")).map(Picked::Ours).ok_or_else(|| {
             TextError::NoTemplate {
                 name: "default".to_owned(),
                 known: self.templates.iter().map(|(n, _)| n.clone()).collect(),

@@ -29,6 +29,8 @@ pub struct Detokenizer {
     fresh: usize,
     /// Bytes of the decoded window that were released.
     released: usize,
+    /// Byte tokens after `fresh` that count as shown although their run may go on; see [`Self::settle`].
+    settled: usize,
 }
 
 impl Detokenizer {
@@ -42,6 +44,7 @@ impl Detokenizer {
             window: Vec::new(),
             fresh: 0,
             released: 0,
+            settled: 0,
         }
     }
 
@@ -76,6 +79,24 @@ impl Detokenizer {
         }
     }
 
+    /// Releases what [`push`](Self::push) holds back of a run of byte tokens, but an incomplete char at its
+    /// end: the text so far is a prompt, which ends here, and what follows is shown apart from it.
+    pub fn settle(&mut self) -> String {
+        let run = &self.window[self.fresh..];
+        let bytes: Option<Vec<u8>> =
+            run.iter().map(|&id| byte_fallback_byte(&self.tokenizer.decoder_piece(id)?)).collect();
+        // Not a run of bytes: only a char that is incomplete was held back.
+        let Some(bytes) = bytes else { return String::new() };
+        self.settled = bytes.len() - incomplete_tail(&bytes);
+        if self.settled == 0 {
+            return String::new();
+        }
+        let text = self.decode(&self.window[..self.fresh + self.settled]);
+        let new = text.get(self.released..).unwrap_or_default().to_owned();
+        self.released = self.released.max(text.len());
+        new
+    }
+
     /// What is left at the end of the completion: replacement characters for a truncated char.
     pub fn finish(&mut self) -> String {
         let bytes = std::mem::take(&mut self.partial);
@@ -92,8 +113,9 @@ impl Detokenizer {
         let text = self.decode(&self.window);
         let end =
             if hold_replacements { text.trim_end_matches(REPLACEMENT).len() } else { text.len() };
-        let new = text.get(self.released..end).unwrap_or_default().to_owned();
+        let new = text.get(self.settled_end(&text)..end).unwrap_or_default().to_owned();
         self.released = self.released.max(end);
+        self.settled = 0;
         if end == text.len() {
             let context = self.decode(&self.window[self.fresh..]);
             if !context.trim().is_empty() || self.window.len() > MAX_CONTEXT_TOKENS {
@@ -103,6 +125,19 @@ impl Detokenizer {
             self.fresh = self.window.len();
         }
         new
+    }
+
+    /// Bytes of `text`, the decoded window, that were shown: `released`, unless later bytes made the run of
+    /// the settled ones bad, which gives each of them a replacement character instead.
+    fn settled_end(&self, text: &str) -> usize {
+        if self.settled == 0 {
+            return self.released;
+        }
+        let shown = self.decode(&self.window[..self.fresh + self.settled]);
+        if text.starts_with(&shown) {
+            return self.released;
+        }
+        self.decode(&self.window[..self.fresh]).len() + self.settled * REPLACEMENT.len_utf8()
     }
 
     /// A decoder that fails (a regular expression that overruns its limits) must not end a

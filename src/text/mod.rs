@@ -95,6 +95,12 @@ pub enum TextError {
         /// The names there are.
         known: Vec<String>,
     },
+    /// The request brings a template of its own, and the renderer was not told to trust it.
+    #[error(
+        "this server uses only the model's own templates; an operator whose clients are all trusted \
+         may allow others (--allow-request-templates)"
+    )]
+    RequestTemplate,
     /// A key of `chat_template_kwargs` / `apply_chat_template_overrides` has a wrong type or is
     /// reserved.
     #[error("chat template argument `{name}` {reason}")]

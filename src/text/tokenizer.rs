@@ -51,6 +51,8 @@ fn flatten<'a>(decoder: &'a DecoderWrapper, out: &mut Vec<&'a DecoderWrapper>) {
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
     style: PieceStyle,
+    /// Bytes of the longest token.
+    longest_token: usize,
 }
 
 impl Tokenizer {
@@ -73,7 +75,11 @@ impl Tokenizer {
         let _ = inner.with_truncation(None);
         inner.with_padding(None);
         let style = PieceStyle::of(inner.get_decoder());
-        Self { inner: Arc::new(inner), style }
+        let mut tokenizer = Self { inner: Arc::new(inner), style, longest_token: 0 };
+        let ids = tokenizer.inner.get_vocab(true).into_values();
+        tokenizer.longest_token =
+            ids.map(|id| tokenizer.token_bytes(id).len()).max().unwrap_or_default();
+        tokenizer
     }
 
     /// Token ids of `text`. Special tokens written out in the text become their ids; with
@@ -82,10 +88,40 @@ impl Tokenizer {
     /// # Errors
     /// [`TextError::Encode`] when the model has no token for a piece (no unknown token, no bytes).
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TextError> {
-        self.inner
+        self.encode_counting(text, add_special_tokens).map(|(ids, _)| ids)
+    }
+
+    /// [`Self::encode`], and how many of the first ids the post-processor added: they stand for none of
+    /// the text.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_counting(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+    ) -> Result<(Vec<u32>, usize), TextError> {
+        let encoding = self
+            .inner
             .encode_fast(text, add_special_tokens)
-            .map(|e| e.get_ids().to_vec())
-            .map_err(|e| TextError::Encode { reason: e.to_string() })
+            .map_err(|e| TextError::Encode { reason: e.to_string() })?;
+        let added = encoding.get_special_tokens_mask().iter().take_while(|m| **m == 1).count();
+        Ok((encoding.get_ids().to_vec(), added))
+    }
+
+    /// A text of more bytes than this has more than `tokens` tokens, whatever it says: a way to refuse it
+    /// without tokenising it. `None` when the vocabulary does not hold every byte, since then one unknown
+    /// token can stand for any length of text.
+    pub fn max_text_bytes(&self, tokens: usize) -> Option<usize> {
+        let complete = matches!(
+            self.style,
+            PieceStyle::ByteLevel
+                | PieceStyle::ByteLevelInChain
+                | PieceStyle::Spaces { byte_fallback: true }
+        );
+        // Composing chars (NFC) makes a text shorter, by less than this.
+        let shrink = if self.inner.get_normalizer().is_some() { 4 } else { 1 };
+        complete.then(|| tokens.saturating_mul(self.longest_token).saturating_mul(shrink))
     }
 
     /// Text of `ids`. Ids outside the vocabulary are left out, as are special tokens when

@@ -6,9 +6,12 @@
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
-use super::super::{
-    error::ApiError,
-    extract::{field_names, parse, unknown_keys},
+use super::{
+    super::{
+        error::ApiError,
+        extract::{field_names, parse, unknown_keys},
+    },
+    prompt_field::PromptField,
 };
 use crate::cartridge::CartridgeRef;
 
@@ -64,7 +67,7 @@ pub struct ChatFields {
 /// Fields of text completions alone.
 #[derive(Debug, Deserialize)]
 pub struct CompletionFields {
-    pub prompt: Value,
+    pub prompt: PromptField,
     pub logprobs: Option<i64>,
     pub echo: Option<bool>,
 }

@@ -5,4 +5,5 @@ pub mod fields;
 pub mod messages;
 pub mod params;
 pub mod prompt;
+pub mod prompt_field;
 pub mod reply;

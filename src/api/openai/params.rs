@@ -26,7 +26,7 @@ pub struct LogprobRequest {
     pub show: bool,
     /// Alternatives per generated token.
     pub top: usize,
-    /// Show the prompt's in `logprobs` too (`echo`).
+    /// Compute the prompt's too (`echo`), to show them in `logprobs` or to generate nothing.
     pub echo: bool,
     /// vLLM's `prompt_logprobs`.
     pub prompt: Option<usize>,
@@ -36,6 +36,11 @@ pub struct LogprobRequest {
 }
 
 impl LogprobRequest {
+    /// Whether a reply that holds them is large next to its text.
+    pub fn is_heavy(&self) -> bool {
+        self.show || self.in_fingerprint || self.prompt.is_some()
+    }
+
     /// What the engine computes for it.
     pub fn options(&self) -> LogprobOptions {
         let echo = self.echo.then_some(if self.show { self.top } else { 0 });
@@ -114,6 +119,8 @@ impl Settings {
             skip_special_tokens: f.skip_special_tokens.unwrap_or(true),
             add_special_tokens: f.add_special_tokens,
             logprobs: LogprobRequest {
+                // Without the flag, or something to score, its log-probabilities would go nowhere.
+                echo: logprobs.echo && (logprobs.show || max_tokens == Some(0)),
                 prompt,
                 in_fingerprint: f.logprobs_in_fingerprint.unwrap_or(false),
                 ignore_temperature: f.logprobs_ignore_temperature.unwrap_or(false),
@@ -138,11 +145,13 @@ impl Settings {
         }
         let options = self.logprobs.options();
         let output = choices * max_tokens * if options.top > 0 { options.top + 1 } else { 0 };
-        let input = prompts.iter().sum::<usize>() * options.prompt_top.map_or(0, |k| k + 1);
+        // Every choice shows those of its prompt.
+        let input =
+            self.n * prompts.iter().sum::<usize>() * options.prompt_top.map_or(0, |k| k + 1);
         if output.saturating_add(input) > limits::MAX_LOGPROBS_PER_REQUEST {
             return Err(ApiError::bad_request(format!(
-                "the request asks for more than {} log-probabilities; lower top_logprobs (logprobs), \
-                 n or max_tokens",
+                "the request asks for more than {} log-probabilities; lower top_logprobs (logprobs, \
+                 prompt_logprobs), n or max_tokens",
                 limits::MAX_LOGPROBS_PER_REQUEST
             )));
         }

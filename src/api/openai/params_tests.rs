@@ -166,6 +166,30 @@ fn work_is_bounded_as_a_product() {
     assert!(s.check_work(&[5; 16], 1000).is_ok());
     assert_eq!(s.check_work(&[5; 17], 1000).unwrap_err().param.as_deref(), Some("n"));
     s.logprobs.top = 20;
-    assert!(s.check_work(&[5], 1000).is_ok());
+    assert!(s.check_work(&[5], 700).is_ok());
     assert!(s.check_work(&[5], 100_000).is_err());
+}
+
+#[test]
+fn prompt_logprobs_count_once_per_choice() {
+    let mut s = settings(json!({"n": 1, "prompt_logprobs": 15})).unwrap();
+    let prompt = limits::MAX_LOGPROBS_PER_REQUEST / 16;
+    assert!(s.check_work(&[prompt], 1).is_ok());
+    s.n = 2;
+    assert!(s.check_work(&[prompt], 1).is_err());
+    assert!(s.check_work(&[prompt / 2], 1).is_ok());
+}
+
+#[test]
+fn echo_alone_computes_no_log_probabilities() {
+    let options = |fields: Value, logprobs| {
+        let logprobs = completion_logprobs(logprobs, true, BOUNDS).unwrap();
+        let fields: CommonFields = serde_json::from_value(fields).unwrap();
+        Settings::new(&fields, logprobs, true, BOUNDS).unwrap().logprobs.options()
+    };
+    assert_eq!(options(json!({"max_tokens": 5}), None).prompt_top, None);
+    assert_eq!(options(json!({"max_tokens": 5}), Some(3)).prompt_top, Some(3));
+    assert_eq!(options(json!({"max_tokens": 0}), None).prompt_top, Some(0));
+    let both = options(json!({"max_tokens": 5, "prompt_logprobs": 2}), None);
+    assert_eq!(both.prompt_top, Some(2));
 }

@@ -2,19 +2,34 @@
 
 use serde_json::{Map, Value};
 
-use super::{super::error::ApiError, fields::ChatFields, messages, params::unknown_token};
+use super::{super::error::ApiError, fields::ChatFields, messages};
 use crate::{
     api::state::ServedModel,
-    limits,
-    text::{TemplateRequest, llama3_cartridge_prompt},
+    text::{TemplateRequest, TextError, llama3_cartridge_prompt},
 };
+
+/// Names of ignored message members that are kept for the header, which is short.
+const MAX_IGNORED_NAMES: usize = 64;
 
 /// A prompt as the engine takes it and as `echo` shows it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prompt {
     pub ids: Vec<u32>,
-    /// The client's own text; `None` when it sent token ids.
+    /// The client's own text; `None` when it sent token ids or does not want it back.
     pub text: Option<String>,
+    /// Ids at the beginning that stand for nothing of the text (BOS).
+    pub added: usize,
+}
+
+/// How a prompt becomes tokens, apart from what it says.
+#[derive(Debug, Clone, Copy)]
+pub struct Tokenising {
+    pub has_cartridges: bool,
+    pub add_special_tokens: bool,
+    /// Whether a request may bring the source of a chat template.
+    pub request_templates: bool,
+    /// Tokens a request can have at most; a text that cannot fit is refused before it is tokenised.
+    pub max_context: usize,
 }
 
 /// What of a chat request shapes its prompt.
@@ -24,7 +39,8 @@ pub struct ChatPrompt {
     tools: Option<Value>,
     kwargs: Map<String, Value>,
     add_generation_prompt: bool,
-    continue_final_message: bool,
+    /// The reply goes on with the text of the last message.
+    pub continue_final_message: bool,
 }
 
 impl ChatPrompt {
@@ -42,7 +58,16 @@ impl ChatPrompt {
                 kwargs.insert(name.to_owned(), value);
             }
         }
-        kwargs.extend(fields.apply_chat_template_overrides.unwrap_or_default());
+        kwargs.extend(
+            fields
+                .apply_chat_template_overrides
+                .unwrap_or_default()
+                .into_iter()
+                .filter(|(name, value)| name != "chat_template" || !value.is_null()),
+        );
+        if kwargs.get("chat_template").is_some_and(Value::is_null) {
+            kwargs.shift_remove("chat_template");
+        }
 
         let generate = flag(&mut kwargs, "add_generation_prompt", fields.add_generation_prompt)?;
         let resume = flag(&mut kwargs, "continue_final_message", fields.continue_final_message)?;
@@ -71,26 +96,49 @@ impl ChatPrompt {
     pub fn tokenise(
         &self,
         model: &ServedModel,
-        has_cartridges: bool,
-        add_special_tokens: bool,
+        how: Tokenising,
         ignored: &mut Vec<String>,
     ) -> Result<Prompt, ApiError> {
         let own_template = self.kwargs.contains_key("chat_template");
-        let text = if has_cartridges && model.is_llama3 && !own_template {
-            ignored.extend(self.tools.is_some().then(|| "tools".to_owned()));
-            ignored.extend(self.kwargs.keys().map(|key| format!("chat_template_kwargs.{key}")));
-            llama3_cartridge_prompt(
-                &self.messages,
-                self.add_generation_prompt,
-                self.continue_final_message,
-            )?
+        let text = if how.has_cartridges && model.is_llama3 && !own_template {
+            self.render_llama3(ignored)?
         } else {
-            self.render(model)?
+            self.render(model, how.request_templates)?
         };
-        encode(model, text, add_special_tokens, "messages")
+        encode(model, text, how, "messages")
     }
 
-    fn render(&self, model: &ServedModel) -> Result<String, ApiError> {
+    fn render_llama3(&self, ignored: &mut Vec<String>) -> Result<String, ApiError> {
+        ignored.extend(self.tools.is_some().then(|| "tools".to_owned()));
+        ignored.extend(self.kwargs.keys().map(|key| format!("chat_template_kwargs.{key}")));
+        for (i, message) in self.messages.iter().enumerate() {
+            for key in message.as_object().into_iter().flat_map(Map::keys) {
+                match key.as_str() {
+                    "role" | "content" => {}
+                    "tool_calls" => {
+                        let why = "a Llama-3 cartridge prompt has no form for earlier calls";
+                        return Err(ApiError::unsupported(&format!("messages[{i}].{key}"), why));
+                    }
+                    key => {
+                        let name = format!("messages.{key}");
+                        if !ignored.contains(&name) && ignored.len() < MAX_IGNORED_NAMES {
+                            ignored.push(name);
+                        }
+                    }
+                }
+            }
+        }
+        let (generate, resume) = (self.add_generation_prompt, self.continue_final_message);
+        Ok(llama3_cartridge_prompt(&self.messages, generate, resume)?)
+    }
+
+    fn render(&self, model: &ServedModel, trusted: bool) -> Result<String, ApiError> {
+        let named = |name: &str| model.chat_template.as_ref().is_some_and(|t| t.has_named(name));
+        let given = self.kwargs.get("chat_template").and_then(Value::as_str);
+        let given = given.filter(|source| !named(source));
+        if given.is_some() && !trusted {
+            return Err(TextError::RequestTemplate.into());
+        }
         let Some(template) = &model.chat_template else {
             return Err(ApiError::invalid(
                 "messages",
@@ -98,13 +146,27 @@ impl ChatPrompt {
                  model folder that has one (chat_template.jinja or tokenizer_config.json)",
             ));
         };
-        Ok(template.render(&TemplateRequest {
+        let request = TemplateRequest {
             messages: &self.messages,
             tools: self.tools.as_ref(),
             add_generation_prompt: self.add_generation_prompt,
             continue_final_message: self.continue_final_message,
             kwargs: &self.kwargs,
-        })?)
+        };
+        if given.is_none() {
+            return Ok(template.render(&request)?);
+        }
+        template.render_trusted(&request).map_err(|error| match error {
+            // The template is the client's: so is the fault.
+            TextError::TemplateSyntax { .. }
+            | TextError::TemplateRender { .. }
+            | TextError::TemplateRaised { .. }
+            | TextError::TemplateFuel { .. }
+            | TextError::TemplateTooLarge { .. } => {
+                ApiError::invalid("chat_template", error.to_string())
+            }
+            error => error.into(),
+        })
     }
 }
 
@@ -112,76 +174,23 @@ impl ChatPrompt {
 pub fn encode(
     model: &ServedModel,
     text: String,
-    add_special_tokens: bool,
+    how: Tokenising,
     field: &str,
 ) -> Result<Prompt, ApiError> {
-    let ids = model.tokenizer.encode(&text, add_special_tokens)?;
+    check_text(model, &text, how.max_context)?;
+    let (ids, added) = model.tokenizer.encode_counting(&text, how.add_special_tokens)?;
     if ids.is_empty() {
         return Err(ApiError::invalid(field, format!("{field}: the prompt has no tokens")));
     }
-    Ok(Prompt { ids, text: Some(text) })
+    Ok(Prompt { ids, text: Some(text), added })
 }
 
-/// One prompt of a completions request.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Input {
-    Text(String),
-    Ids(Vec<u32>),
-}
-
-/// `prompt`: a string, a list of token ids, a list of strings, or a list of lists of token ids.
-pub fn completion_inputs(prompt: Value, vocab_size: usize) -> Result<Vec<Input>, ApiError> {
-    let list = match prompt {
-        Value::String(text) => return Ok(vec![Input::Text(text)]),
-        Value::Array(list) => list,
-        _ => return Err(invalid_prompt("prompt")),
-    };
-    if list.first().is_some_and(Value::is_number) {
-        return Ok(vec![Input::Ids(token_ids("prompt", list, vocab_size)?)]);
+/// Refuses a text that cannot fit into the context, whatever it says: tokenising takes many times its bytes.
+pub fn check_text(model: &ServedModel, text: &str, max_context: usize) -> Result<(), ApiError> {
+    match model.tokenizer.max_text_bytes(max_context) {
+        Some(limit) if text.len() > limit => Err(ApiError::text_too_long(text.len(), max_context)),
+        _ => Ok(()),
     }
-    if list.is_empty() {
-        return Err(ApiError::invalid("prompt", "prompt must not be an empty list"));
-    }
-    if list.len() > limits::MAX_PROMPTS {
-        let message = format!("prompt holds more than {} prompts", limits::MAX_PROMPTS);
-        return Err(ApiError::invalid("prompt", message));
-    }
-    list.into_iter()
-        .enumerate()
-        .map(|(i, item)| match item {
-            Value::String(text) => Ok(Input::Text(text)),
-            Value::Array(ids) => {
-                Ok(Input::Ids(token_ids(&format!("prompt[{i}]"), ids, vocab_size)?))
-            }
-            _ => Err(invalid_prompt(&format!("prompt[{i}]"))),
-        })
-        .collect()
-}
-
-fn invalid_prompt(path: &str) -> ApiError {
-    let message = format!(
-        "Invalid type for prompt: {path} must be a string, a list of token ids, or a list of either"
-    );
-    ApiError::invalid(path, message)
-}
-
-fn token_ids(path: &str, list: Vec<Value>, vocab_size: usize) -> Result<Vec<u32>, ApiError> {
-    if list.is_empty() {
-        return Err(ApiError::invalid(path, format!("{path}: the prompt has no tokens")));
-    }
-    list.iter()
-        .enumerate()
-        .map(|(i, id)| {
-            let path = || format!("{path}[{i}]");
-            let Some(id) = id.as_i64() else {
-                return Err(ApiError::invalid(path(), format!("{}: not a token id", path())));
-            };
-            match u32::try_from(id) {
-                Ok(small) if (small as usize) < vocab_size => Ok(small),
-                _ => Err(unknown_token(&path(), id, vocab_size)),
-            }
-        })
-        .collect()
 }
 
 /// Takes a flag out of the template arguments; there it wins over the request's own field.

@@ -44,29 +44,6 @@ fn template_arguments_are_merged() {
     assert_eq!(prompt.tools, None);
 }
 
-#[test]
-fn prompts_have_four_forms() {
-    let inputs = |v| completion_inputs(v, 10);
-    assert_eq!(inputs(json!("a")).unwrap(), [Input::Text("a".into())]);
-    assert_eq!(inputs(json!([1, 2])).unwrap(), [Input::Ids(vec![1, 2])]);
-    let two = [Input::Text("a".into()), Input::Text("b".into())];
-    assert_eq!(inputs(json!(["a", "b"])).unwrap(), two);
-    let two = [Input::Ids(vec![1]), Input::Ids(vec![2, 3])];
-    assert_eq!(inputs(json!([[1], [2, 3]])).unwrap(), two);
-    for (prompt, param) in [
-        (json!([]), "prompt"),
-        (json!([[]]), "prompt[0]"),
-        (json!([1, "a"]), "prompt[1]"),
-        (json!([1, 10]), "prompt[1]"),
-        (json!([[1], [-1]]), "prompt[1][0]"),
-        (json!(["a", 1]), "prompt[1]"),
-        (json!({"a": 1}), "prompt"),
-        (json!(vec!["a"; limits::MAX_PROMPTS + 1]), "prompt"),
-    ] {
-        assert_eq!(inputs(prompt).unwrap_err().param.as_deref(), Some(param));
-    }
-}
-
 /// A model whose tokenizer adds `<s>`: two words and the special token.
 fn model_with_bos(is_llama3: bool, template: Option<&str>) -> ServedModel {
     let json = json!({
@@ -94,6 +71,10 @@ fn model_with_bos(is_llama3: bool, template: Option<&str>) -> ServedModel {
     }
 }
 
+fn how(has_cartridges: bool, add_special_tokens: bool) -> Tokenising {
+    Tokenising { has_cartridges, add_special_tokens, request_templates: false, max_context: 100 }
+}
+
 fn hello(extra: Value) -> ChatPrompt {
     let mut body = json!({"messages": [{"role": "user", "content": "hello"}]});
     body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
@@ -103,20 +84,22 @@ fn hello(extra: Value) -> ChatPrompt {
 #[test]
 fn bos_comes_from_the_template_or_on_request() {
     let model = model_with_bos(false, Some("{{ messages[0].content }}"));
-    let ids = |special| hello(json!({})).tokenise(&model, true, special, &mut vec![]).unwrap().ids;
+    let ids =
+        |special| hello(json!({})).tokenise(&model, how(true, special), &mut vec![]).unwrap().ids;
     assert_eq!(ids(false), [1]);
     assert_eq!(ids(true), [0, 1]);
-    assert_eq!(encode(&model, "hello".to_owned(), true, "prompt").unwrap().ids, [0, 1]);
-    let empty = encode(&model, String::new(), false, "prompt").unwrap_err();
+    assert_eq!(encode(&model, "hello".to_owned(), how(true, true), "prompt").unwrap().ids, [0, 1]);
+    let empty = encode(&model, String::new(), how(true, false), "prompt").unwrap_err();
     assert_eq!(empty.param.as_deref(), Some("prompt"));
-    assert_eq!(encode(&model, String::new(), true, "prompt").unwrap().ids, [0]);
+    assert_eq!(encode(&model, String::new(), how(true, true), "prompt").unwrap().ids, [0]);
 }
 
 #[test]
 fn llama3_cartridges_get_the_prompt_they_are_trained_with() {
     let model = model_with_bos(true, Some("<s>{{ messages[0].content }}"));
     let text = |prompt: ChatPrompt, cartridges, ignored: &mut Vec<String>| {
-        prompt.tokenise(&model, cartridges, false, ignored).unwrap().text.unwrap()
+        let how = Tokenising { request_templates: true, ..how(cartridges, false) };
+        prompt.tokenise(&model, how, ignored).unwrap().text.unwrap()
     };
     let mut ignored = vec![];
     assert_eq!(text(hello(json!({})), false, &mut ignored), "<s>hello");
@@ -136,7 +119,120 @@ fn llama3_cartridges_get_the_prompt_they_are_trained_with() {
 #[test]
 fn a_model_without_a_template_says_so() {
     let model = model_with_bos(false, None);
-    let error = hello(json!({})).tokenise(&model, false, false, &mut vec![]).unwrap_err();
+    let error = hello(json!({})).tokenise(&model, how(false, false), &mut vec![]).unwrap_err();
     assert!(error.message.contains("no chat template"), "{}", error.message);
     assert_eq!(error.status.as_u16(), 400);
+}
+
+#[test]
+fn a_template_of_the_request_is_refused_in_every_way_in() {
+    for (model, template) in
+        [(model_with_bos(false, Some("x")), "{{ 1 }}"), (model_with_bos(true, None), "{% if")]
+    {
+        for extra in [
+            json!({"chat_template": template}),
+            json!({"chat_template_kwargs": {"chat_template": template}}),
+            json!({"apply_chat_template_overrides": {"chat_template": template}}),
+        ] {
+            let error = hello(extra).tokenise(&model, how(true, false), &mut vec![]).unwrap_err();
+            assert_eq!(error.status.as_u16(), 400);
+            assert_eq!(error.code, Some("unsupported_parameter"));
+            assert_eq!(error.param.as_deref(), Some("chat_template"));
+        }
+    }
+}
+
+#[test]
+fn names_of_the_model_s_own_templates_stay_usable() {
+    let config = json!({"chat_template": [
+        {"name": "default", "template": "d"}, {"name": "rag", "template": "hello"},
+    ]});
+    let mut model = model_with_bos(false, None);
+    model.chat_template = ChatTemplate::from_config(&config, None).unwrap();
+    let prompt = hello(json!({"chat_template": "rag"}));
+    assert_eq!(prompt.tokenise(&model, how(false, false), &mut vec![]).unwrap().ids, [1]);
+}
+
+#[test]
+fn a_null_template_in_the_overrides_is_an_absent_one() {
+    let model = model_with_bos(true, Some("own {{ messages[0].content }}"));
+    let text = |extra: Value| {
+        let how = Tokenising { request_templates: true, ..how(true, false) };
+        hello(extra).tokenise(&model, how, &mut vec![]).unwrap().text.unwrap()
+    };
+    for name in ["chat_template_kwargs", "apply_chat_template_overrides"] {
+        assert!(
+            text(json!({name: {"chat_template": null}})).starts_with("<|start_header_id|>"),
+            "{name}"
+        );
+    }
+    let given =
+        json!({"chat_template": "given", "apply_chat_template_overrides": {"chat_template": null}});
+    assert_eq!(text(given), "given");
+}
+
+#[test]
+fn llama3_cartridge_prompts_drop_nothing_in_silence() {
+    let model = model_with_bos(true, None);
+    let tokenise = |message: Value, ignored: &mut Vec<String>| {
+        let body = json!({"messages": [{"role": "user", "content": "hello"}, message]});
+        let prompt = ChatPrompt::new(serde_json::from_value(body).unwrap()).unwrap();
+        prompt.tokenise(&model, how(true, false), ignored)
+    };
+    let calls = json!({"role": "assistant", "content": "", "tool_calls": [{"function": {}}]});
+    let error = tokenise(calls, &mut vec![]).unwrap_err();
+    assert_eq!(error.code, Some("unsupported_parameter"));
+    assert_eq!(error.param.as_deref(), Some("messages[1].tool_calls"));
+    let mut ignored = vec![];
+    let named = json!({"role": "user", "content": "a", "name": "n", "reasoning_content": "r"});
+    tokenise(named, &mut ignored).unwrap();
+    assert_eq!(ignored, ["messages.name", "messages.reasoning_content"]);
+}
+
+#[test]
+fn template_errors_blame_whose_template_it_is() {
+    let fuel = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}";
+    let raise = "{{ raise_exception('no') }}";
+    let model = model_with_bos(false, Some("x"));
+    for source in [fuel, raise, "{% if %}", "{{ a.b.c }}"] {
+        let how = Tokenising { request_templates: true, ..how(false, false) };
+        let prompt = hello(json!({"chat_template": source}));
+        let error = prompt.tokenise(&model, how, &mut vec![]).unwrap_err();
+        assert_eq!(error.status.as_u16(), 400);
+        assert_eq!(error.param.as_deref(), Some("chat_template"), "{source}");
+    }
+    let own = |source| {
+        let model = model_with_bos(false, Some(source));
+        hello(json!({})).tokenise(&model, how(false, false), &mut vec![]).unwrap_err()
+    };
+    let error = own(fuel);
+    assert_eq!((error.status.as_u16(), error.code), (500, Some("template_error")));
+    for source in [raise, "{{ a.b.c }}"] {
+        let error = own(source);
+        assert_eq!((error.status.as_u16(), error.param.as_deref()), (400, Some("messages")));
+    }
+}
+
+#[test]
+fn a_text_that_cannot_fit_is_refused_before_it_is_tokenised() {
+    let json = crate::demo::model_file("tokenizer.json").unwrap();
+    let mut model = model_with_bos(false, None);
+    model.tokenizer = Tokenizer::from_bytes(json).unwrap();
+    let limit = model.tokenizer.max_text_bytes(100).unwrap();
+    check_text(&model, &"x".repeat(limit), 100).unwrap();
+    let error = encode(&model, "x".repeat(limit + 1), how(false, false), "prompt").unwrap_err();
+    assert_eq!(error.code, Some("context_length_exceeded"));
+    assert!(error.message.contains("bytes"), "not counted in tokens: {}", error.message);
+    // One unknown token can stand for any text: nothing is known before.
+    let words = model_with_bos(false, None);
+    assert_eq!(words.tokenizer.max_text_bytes(100), None);
+}
+
+#[test]
+fn ids_the_tokenizer_adds_are_told_from_those_in_the_text() {
+    let model = model_with_bos(false, None);
+    let prompt = encode(&model, "<s>hello".to_owned(), how(false, true), "prompt").unwrap();
+    assert_eq!((prompt.ids, prompt.added), (vec![0, 0, 1], 1));
+    let prompt = encode(&model, "<s>hello".to_owned(), how(false, false), "prompt").unwrap();
+    assert_eq!((prompt.ids, prompt.added), (vec![0, 1], 0));
 }

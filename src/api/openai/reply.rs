@@ -1,9 +1,10 @@
 //! Reply bodies. Members that the OpenAI types have are present even when null, because clients built on
 //! those types read them; members of our own follow.
 
-use serde::{Serialize, Serializer};
+use serde::{Serialize, Serializer, ser::SerializeStruct};
 use serde_json::Value;
 
+use super::super::logprobs::PromptLogprobs;
 use crate::cartridge::Lease;
 
 /// `usage`. Cartridge tokens are not prompt tokens (as in Tokasaurus); they are told apart in the details.
@@ -51,7 +52,7 @@ pub struct Reply<'a, C> {
     pub system_fingerprint: Option<String>,
     pub service_tier: Option<()>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub prompt_logprobs: Option<Value>,
+    pub prompt_logprobs: Option<PromptLogprobs<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompt_token_ids: Option<&'a [u32]>,
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
@@ -140,16 +141,16 @@ pub struct TopLogprob {
 
 /// A choice of text completions, whole or a chunk of it.
 #[derive(Debug, Serialize)]
-pub struct TextChoice {
+pub struct TextChoice<'a> {
     pub index: usize,
     pub text: String,
-    pub logprobs: Option<TextLogprobs>,
+    pub logprobs: Option<Joined<'a>>,
     pub finish_reason: Option<&'static str>,
     pub stop_reason: Option<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub prompt_logprobs: Option<Value>,
+    pub prompt_logprobs: Option<PromptLogprobs<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub prompt_token_ids: Option<Vec<u32>>,
+    pub prompt_token_ids: Option<&'a [u32]>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_ids: Option<Vec<u32>>,
 }
@@ -164,6 +165,38 @@ pub struct TextLogprobs {
     pub top_logprobs: Option<Vec<Option<TopMap>>>,
     /// Chars (not bytes) of `text` before each token.
     pub text_offset: Vec<usize>,
+}
+
+/// The lists of an echoed prompt, shared by its choices, and then a choice's own: one object on the wire.
+#[derive(Debug)]
+pub struct Joined<'a> {
+    pub prompt: &'a TextLogprobs,
+    pub own: TextLogprobs,
+}
+
+impl Serialize for Joined<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let (a, b) = (self.prompt, &self.own);
+        let top = match (&a.top_logprobs, &b.top_logprobs) {
+            (None, None) => None,
+            (a, b) => Some(Chain(a.as_deref().unwrap_or(&[]), b.as_deref().unwrap_or(&[]))),
+        };
+        let mut object = serializer.serialize_struct("TextLogprobs", 4)?;
+        object.serialize_field("tokens", &Chain(&a.tokens, &b.tokens))?;
+        object.serialize_field("token_logprobs", &Chain(&a.token_logprobs, &b.token_logprobs))?;
+        object.serialize_field("top_logprobs", &top)?;
+        object.serialize_field("text_offset", &Chain(&a.text_offset, &b.text_offset))?;
+        object.end()
+    }
+}
+
+/// Two lists that are one.
+struct Chain<'a, T>(&'a [T], &'a [T]);
+
+impl<T: Serialize> Serialize for Chain<'_, T> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.0.iter().chain(self.1))
+    }
 }
 
 /// Token string to log-probability, most likely first. Not a JSON value, which would widen the numbers to
