@@ -18,7 +18,8 @@ done
 [ -n "$url" ] || { echo 'the server did not announce itself within 10 s'; exit 1; }
 "$python" scripts/clients/printed_commands.py "$log"
 "$python" scripts/clients/openai_client.py "$url/v1" --cartridge local:harbour-log
-"$python" scripts/clients/teacher_client.py "$url" --cartridge local:harbour-log --model cartouche-demo
+"$python" scripts/clients/teacher_client.py "$url" --model cartouche-demo \
+    --cartridge local:harbour-log --cartridge wandb:harbour-log --cartridge huggingface:harbour-log
 kill -TERM "$server"
 wait "$server"
 echo 'real clients: all passed, and the server stopped cleanly'
