@@ -38,7 +38,7 @@ impl Linear {
         let y = match &self.weight {
             Weight::Dense(weight) if x.dim(0)? < MIN_ROWS && x.device().is_cpu() => {
                 let rows = x.dim(0)?;
-                let padded = Tensor::cat(&vec![x; MIN_ROWS], 0)?.narrow(0, 0, MIN_ROWS)?;
+                let padded = Tensor::cat(&[x; MIN_ROWS], 0)?.narrow(0, 0, MIN_ROWS)?;
                 padded.matmul(&weight.t()?)?.narrow(0, 0, rows)?
             }
             Weight::Dense(weight) => x.matmul(&weight.t()?)?,
