@@ -208,7 +208,7 @@ mod tests {
         s.enqueue(2, BLOCK_TOKENS);
         s.enqueue(3, BLOCK_TOKENS);
         // Each admission leaves room for one token more than the prompt.
-        assert_eq!(step(&mut s, 4), [(1, 16), (2, 16)]);
+        assert_eq!(step(&mut s, 3), [(1, 16), (2, 16)]);
         assert_eq!(step(&mut s, 1), [(1, 1)]);
         assert_eq!(s.running(), 2, "a sequence without room waits, it is not thrown out");
         s.running[0].computed = 2 * BLOCK_TOKENS;

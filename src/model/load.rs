@@ -221,7 +221,12 @@ fn safetensors_decoder(
     quantize: Option<Quantize>,
 ) -> Result<Decoder, ModelError> {
     let shards = safetensors_files(files)?;
-    build(config, &SafetensorsReader::new(&shards, quantize)?)
+    let reader = SafetensorsReader::new(&shards, quantize)?;
+    std::thread::scope(|scope| {
+        // The disk is read in file order while tensors are converted in the order of the model.
+        scope.spawn(|| shards.iter().for_each(|(_, bytes)| bytes.read_ahead()));
+        build(config, &reader)
+    })
 }
 
 /// An optional JSON file; an empty object if the model has none of that name.
