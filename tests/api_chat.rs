@@ -214,13 +214,14 @@ async fn cartridges_are_named_in_every_supported_way() {
 
     let request = json!({
         "messages": [{"role": "user", "content": "Hello, who are you?"}],
-        "max_tokens": 8, "temperature": 0, "logprobs": true, "cartridges": alpha(),
+        "max_tokens": 8, "temperature": 0, "logprobs": true, "top_logprobs": 5,
+        "cartridges": alpha(),
     });
     for path in ["/v1/cartridge/chat/completions", "/custom/cartridge/chat/completions"] {
         assert_eq!(server.post(path, request.clone()).await.ok()["choices"], body["choices"]);
     }
     for model in [format!("{MODEL}:alpha"), ":alpha".to_owned()] {
-        let reply = server.chat(json!({"logprobs": true, "model": model})).await;
+        let reply = server.chat(json!({"logprobs": true, "top_logprobs": 5, "model": model})).await;
         assert_eq!(reply.ok()["choices"], body["choices"]);
         assert_eq!(reply.ok()["model"], model.as_str());
     }
