@@ -221,12 +221,7 @@ fn safetensors_decoder(
     quantize: Option<Quantize>,
 ) -> Result<Decoder, ModelError> {
     let shards = safetensors_files(files)?;
-    let reader = SafetensorsReader::new(&shards, quantize)?;
-    std::thread::scope(|scope| {
-        // The disk is read in file order while tensors are converted in the order of the model.
-        scope.spawn(|| shards.iter().for_each(|(_, bytes)| bytes.read_ahead()));
-        build(config, &reader)
-    })
+    build(config, &SafetensorsReader::new(&shards, quantize)?)
 }
 
 /// An optional JSON file; an empty object if the model has none of that name.

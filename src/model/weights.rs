@@ -132,21 +132,6 @@ pub(super) enum FileBytes {
     Static(&'static [u8]),
 }
 
-impl FileBytes {
-    /// Asks the system to bring the file into memory, window by window; returns when all is asked for.
-    pub fn read_ahead(&self) {
-        const WINDOW: usize = 16 << 20;
-        #[cfg(unix)]
-        if let Self::Mapped(map) = self {
-            for start in (0..map.len()).step_by(WINDOW) {
-                let len = WINDOW.min(map.len() - start);
-                // Without the advice, pages are read when they are touched.
-                let _ = map.advise_range(memmap2::Advice::WillNeed, start, len);
-            }
-        }
-    }
-}
-
 impl std::ops::Deref for FileBytes {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
