@@ -81,13 +81,21 @@ impl Server {
         SHARED.get_or_init(|| Self::new(ApiOptions::default(), EngineOptions::default())).clone()
     }
 
-    pub fn new(options: ApiOptions, mut engine: EngineOptions) -> Self {
+    pub fn new(options: ApiOptions, engine: EngineOptions) -> Self {
+        Self::with_cartridge_dir(options, engine, None)
+    }
+
+    pub fn with_cartridge_dir(
+        options: ApiOptions,
+        mut engine: EngineOptions,
+        dir: Option<std::path::PathBuf>,
+    ) -> Self {
         let loaded = load(&ModelSource::Demo, &LoadOptions::default()).unwrap();
         engine.kv_bytes = engine.kv_bytes.min(64 << 20);
         let (handle, _thread) = start(loaded.decoder, &engine).unwrap();
         let info = handle.info();
         let registry = Registry::new(RegistryOptions {
-            dir: None,
+            dir,
             shape: info.kv_shape,
             model: MODEL.to_owned(),
             rope_theta: None,
