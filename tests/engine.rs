@@ -400,3 +400,15 @@ fn cancelled_waiting_requests_leave_the_queue() {
         wait_until(&engine, |stats| stats.waiting + stats.running == 0);
     }
 }
+
+/// A prompt that is only scored needs no room for an answer; it must not wait for blocks that never come.
+#[test]
+fn a_prompt_as_large_as_the_cache_is_scored() {
+    let fixture = &common::model_fixtures(|name| name == "llama")[0];
+    let engine = engine_with_kv(fixture, kv_bytes(fixture, 2), 4, 64);
+    let prompt: Vec<u32> = (0..engine.info().kv_tokens as u32).map(|i| i % 100).collect();
+    let mut request = greedy(&prompt, 0);
+    request.logprobs.prompt_top = Some(0);
+    let got = collect(engine.submit(request).unwrap(), 1).unwrap();
+    assert_eq!((got.prompt.len(), got.reasons[0]), (prompt.len(), Some(FinishReason::Length)));
+}

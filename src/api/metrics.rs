@@ -46,7 +46,7 @@ pub fn describe() {
     describe_counter!(CACHED_TOKENS, "Prompt tokens whose keys and values were reused");
     describe_counter!(COMPLETION_TOKENS, "Generated tokens");
     describe_counter!(CHOICES, "Finished choices by reason");
-    describe_gauge!("cartouche_requests_waiting", "Requests in the queue");
+    describe_gauge!("cartouche_sequences_waiting", "Sequences in the queue");
     describe_gauge!("cartouche_sequences_running", "Sequences being decoded");
     describe_gauge!("cartouche_kv_blocks_used", "KV cache blocks in use");
     describe_gauge!("cartouche_kv_blocks", "KV cache blocks in all");
@@ -102,7 +102,7 @@ pub(super) async fn render(State(state): State<Arc<AppState>>) -> Result<Respons
         return Err(ApiError::not_found("metrics are switched off on this server"));
     };
     let stats = state.engine.stats();
-    gauge!("cartouche_requests_waiting").set(stats.waiting as f64);
+    gauge!("cartouche_sequences_waiting").set(stats.waiting as f64);
     gauge!("cartouche_sequences_running").set(stats.running as f64);
     gauge!("cartouche_kv_blocks_used").set(stats.used_blocks as f64);
     gauge!("cartouche_kv_blocks").set(stats.total_blocks as f64);

@@ -24,7 +24,7 @@ pub use request::{
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum EngineError {
     /// The waiting queue is at its limit; try again later.
-    #[error("the server is busy: {waiting} requests are waiting (limit {limit}); retry later")]
+    #[error("the server is busy: {waiting} sequences are waiting (limit {limit}); retry later")]
     QueueFull { waiting: usize, limit: usize },
     /// The request can never fit.
     #[error(

@@ -119,7 +119,10 @@ impl Scheduler {
         while plan.preempted.is_empty() && budget > 0 {
             let outstanding: usize =
                 self.running.iter().map(|e| blocks_for(e.tokens).saturating_sub(e.blocks)).sum();
-            let fits = |entry: &Entry| blocks_for(entry.tokens + 1) + outstanding <= free;
+            // Beside others there must be room for one token more, or it would be interrupted at
+            // once. Alone it needs no room it may never use.
+            let spare = usize::from(!self.running.is_empty());
+            let fits = |entry: &Entry| blocks_for(entry.tokens + spare) + outstanding <= free;
             if self.running.len() >= self.limits.max_running
                 || !self.waiting.front().is_some_and(fits)
             {
@@ -219,6 +222,13 @@ mod tests {
         let plan = s.plan(4);
         assert_eq!(plan.admitted, [2, 3]);
         assert_eq!(plan.work[0], Work { id: 2, tokens: 17, blocks: 2 }, "its own token included");
+    }
+
+    #[test]
+    fn a_prompt_that_fills_the_pool_exactly_is_admitted() {
+        let mut s = scheduler(8, 100);
+        s.enqueue(1, 2 * BLOCK_TOKENS);
+        assert_eq!(s.plan(2).work, [Work { id: 1, tokens: 2 * BLOCK_TOKENS, blocks: 2 }]);
     }
 
     proptest! {

@@ -56,7 +56,7 @@ impl LogprobRequest {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
     pub n: usize,
-    /// `max_tokens` in it is a placeholder until [`token_budget`] knows the prompt.
+    /// Its `max_tokens` is set by [`token_budget`], which needs the length of the prompt.
     pub sampling: SamplingParams,
     pub max_tokens: Option<usize>,
     pub stop: Vec<String>,
