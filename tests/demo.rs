@@ -58,6 +58,7 @@ impl Demo {
                 },
                 stop_token_ids: self.model.eos_token_ids.clone(),
                 logprobs: LogprobOptions { top: 50, ..LogprobOptions::default() },
+                priority: Default::default(),
             })
             .unwrap();
         let mut tokens = Vec::new();

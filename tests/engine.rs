@@ -26,6 +26,7 @@ fn engine_with_kv(
         max_running_sequences: max_running,
         prefill_tokens_per_step: prefill,
         max_queued_sequences: 64,
+        ..EngineOptions::default()
     };
     start(fixture.decoder(), &options).unwrap().0
 }
@@ -38,6 +39,7 @@ fn greedy(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
         sampling: SamplingParams { temperature: 0.0, max_tokens, ..SamplingParams::default() },
         stop_token_ids: vec![],
         logprobs: LogprobOptions::default(),
+        priority: Default::default(),
     }
 }
 
@@ -252,6 +254,7 @@ fn a_full_queue_refuses_and_recovers() {
         max_running_sequences: 1,
         prefill_tokens_per_step: 16,
         max_queued_sequences: 3,
+        ..EngineOptions::default()
     };
     let engine = start(fixture.decoder(), &options).unwrap().0;
     let mut accepted = Vec::new();
@@ -388,6 +391,7 @@ fn cancelled_waiting_requests_leave_the_queue() {
         max_running_sequences: 1,
         prefill_tokens_per_step: 16,
         max_queued_sequences: 4,
+        ..EngineOptions::default()
     };
     let engine = start(fixture.decoder(), &options).unwrap().0;
     for _ in 0..20 {

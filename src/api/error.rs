@@ -192,7 +192,7 @@ impl From<EngineError> for ApiError {
     fn from(error: EngineError) -> Self {
         let message = error.to_string();
         match error {
-            EngineError::QueueFull { .. } => Self {
+            EngineError::QueueFull { .. } | EngineError::QueueTokensFull { .. } => Self {
                 code: Some("queue_full"),
                 retry_after: Some(RETRY_QUEUE_SECONDS),
                 ..Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
@@ -204,6 +204,10 @@ impl From<EngineError> for ApiError {
             EngineError::NonFiniteLogits => {
                 Self { code: Some("non_finite_logits"), ..Self::internal(message) }
             }
+            EngineError::SlowReader { .. } => Self {
+                code: Some("slow_reader"),
+                ..Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message)
+            },
             EngineError::ShuttingDown => {
                 Self { code: Some("shutting_down"), ..Self::unavailable(message) }
             }

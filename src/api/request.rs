@@ -159,6 +159,7 @@ impl Prepared {
                 sampling,
                 stop_token_ids: [&s.eos_token_ids[..], &s.stop_token_ids].concat(),
                 logprobs: s.logprobs.options(),
+                priority: Default::default(),
             })?;
             let context: &[u32] = if self.text_goes_on { &prompt.ids } else { &[] };
             streams.push((stream, Assembly::new(&state.model.tokenizer, &text, context)));

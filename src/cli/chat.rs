@@ -132,6 +132,7 @@ impl Talk<'_> {
             },
             stop_token_ids: self.runtime.model.eos_token_ids.clone(),
             logprobs: LogprobOptions::default(),
+            priority: Default::default(),
         })?;
         let mut detokenizer = Detokenizer::new(&self.runtime.model.tokenizer, true);
         let mut answer = String::new();

@@ -181,6 +181,7 @@ fn ask(
         },
         stop_token_ids: runtime.model.eos_token_ids.clone(),
         logprobs: LogprobOptions::default(),
+        priority: Default::default(),
     })?;
     let mut ids = Vec::new();
     let mut ttft_ms = 0.0;

@@ -45,6 +45,12 @@ pub struct RuntimeOptions {
     /// Sequences (choices of requests) that may wait; more get 429 [default: 1024]
     #[arg(long, env = "CARTOUCHE_MAX_QUEUED_SEQUENCES")]
     pub max_queued_sequences: Option<usize>,
+    /// Prompt tokens of requests that may wait; more get 429 [default: 1048576]
+    #[arg(long, env = "CARTOUCHE_MAX_QUEUED_TOKENS")]
+    pub max_queued_tokens: Option<usize>,
+    /// Compute every prompt from its first token, even if one that began the same way is still stored
+    #[arg(long, env = "CARTOUCHE_NO_PREFIX_CACHE", num_args = 0..=1, default_missing_value = "true")]
+    pub no_prefix_cache: Option<bool>,
     /// Folder of cartridges: {dir}/{id}/cartridge.pt or .safetensors [default: cartridges]
     #[arg(long, env = "CARTOUCHE_CARTRIDGE_DIR")]
     pub cartridge_dir: Option<PathBuf>,
@@ -102,6 +108,9 @@ impl RuntimeOptions {
                 .prefill_tokens_per_step
                 .unwrap_or(default.prefill_tokens_per_step),
             max_queued_sequences: self.max_queued_sequences.unwrap_or(default.max_queued_sequences),
+            max_queued_tokens: self.max_queued_tokens.unwrap_or(default.max_queued_tokens),
+            prefix_cache: !self.no_prefix_cache.unwrap_or(!default.prefix_cache),
+            max_unread_events: default.max_unread_events,
         }
     }
 

@@ -30,6 +30,12 @@ pub struct EngineOptions {
     pub max_running_sequences: usize,
     pub prefill_tokens_per_step: usize,
     pub max_queued_sequences: usize,
+    /// Prompt tokens (times `n`) that may wait.
+    pub max_queued_tokens: usize,
+    /// Keep the blocks of finished sequences for prompts that begin the same way.
+    pub prefix_cache: bool,
+    /// Events one request may leave unread before it is cancelled.
+    pub max_unread_events: usize,
 }
 
 impl Default for EngineOptions {
@@ -39,6 +45,9 @@ impl Default for EngineOptions {
             max_running_sequences: limits::DEFAULT_MAX_RUNNING_SEQUENCES,
             prefill_tokens_per_step: limits::DEFAULT_PREFILL_TOKENS_PER_STEP,
             max_queued_sequences: limits::DEFAULT_MAX_QUEUED_SEQUENCES,
+            max_queued_tokens: limits::DEFAULT_MAX_QUEUED_TOKENS,
+            prefix_cache: true,
+            max_unread_events: limits::DEFAULT_MAX_UNREAD_EVENTS,
         }
     }
 }
@@ -72,6 +81,8 @@ pub fn start(
         vocab_size: config.vocab_size,
         kv_shape: shape,
         max_queued_sequences: options.max_queued_sequences,
+        max_queued_tokens: options.max_queued_tokens,
+        prefix_cache: options.prefix_cache,
         max_running_sequences: options.max_running_sequences,
     });
     let gauges = Arc::new(Gauges::default());

@@ -1,7 +1,7 @@
 //! The caller's side of the engine: submit requests, read tokens, watch the load.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc;
 
 use candle_core::DType;
@@ -21,6 +21,8 @@ pub struct EngineInfo {
     pub vocab_size: usize,
     pub kv_shape: KvShape,
     pub max_queued_sequences: usize,
+    pub max_queued_tokens: usize,
+    pub prefix_cache: bool,
     pub max_running_sequences: usize,
 }
 
@@ -31,8 +33,21 @@ pub struct EngineStats {
     pub waiting: usize,
     /// Sequences in the running batch.
     pub running: usize,
+    /// Prompt tokens of the sequences not yet admitted.
+    pub waiting_tokens: usize,
+    /// Blocks that running sequences hold; `free + used + cached == total`.
     pub used_blocks: usize,
+    /// Blocks only the prefix cache holds; they are given up when somebody needs them.
+    pub cached_blocks: usize,
     pub total_blocks: usize,
+    /// Sequences that gave their blocks up since the start.
+    pub preemptions: u64,
+    /// Prompt tokens that were looked up in the prefix cache since the start.
+    pub prefix_queried_tokens: u64,
+    /// Prompt tokens that were found there.
+    pub prefix_hit_tokens: u64,
+    /// Model steps since the start.
+    pub steps: u64,
 }
 
 /// Readings the engine thread publishes.
@@ -42,8 +57,14 @@ pub(super) struct Gauges {
     pub queued: AtomicUsize,
     pub waiting: AtomicUsize,
     pub running: AtomicUsize,
+    pub waiting_tokens: AtomicUsize,
     pub used_blocks: AtomicUsize,
+    pub cached_blocks: AtomicUsize,
     pub total_blocks: AtomicUsize,
+    pub preemptions: AtomicU64,
+    pub prefix_queried_tokens: AtomicU64,
+    pub prefix_hit_tokens: AtomicU64,
+    pub steps: AtomicU64,
 }
 
 /// A request on its way to the engine thread.
@@ -80,11 +101,18 @@ impl EngineHandle {
 
     pub fn stats(&self) -> EngineStats {
         let read = |value: &AtomicUsize| value.load(Ordering::Relaxed);
+        let count = |value: &AtomicU64| value.load(Ordering::Relaxed);
         EngineStats {
             waiting: read(&self.gauges.waiting),
             running: read(&self.gauges.running),
+            waiting_tokens: read(&self.gauges.waiting_tokens),
             used_blocks: read(&self.gauges.used_blocks),
+            cached_blocks: read(&self.gauges.cached_blocks),
             total_blocks: read(&self.gauges.total_blocks),
+            preemptions: count(&self.gauges.preemptions),
+            prefix_queried_tokens: count(&self.gauges.prefix_queried_tokens),
+            prefix_hit_tokens: count(&self.gauges.prefix_hit_tokens),
+            steps: count(&self.gauges.steps),
         }
     }
 

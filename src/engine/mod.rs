@@ -17,7 +17,7 @@ pub use blocks::BLOCK_TOKENS;
 pub use core::{EngineOptions, start};
 pub use handle::{EngineHandle, EngineInfo, EngineStats, TokenStream};
 pub use request::{
-    Event, FinishReason, GenerateRequest, LogprobOptions, SampledToken, SamplingParams,
+    Event, FinishReason, GenerateRequest, LogprobOptions, Priority, SampledToken, SamplingParams,
 };
 
 /// Why the engine refused or gave up a request.
@@ -26,6 +26,12 @@ pub enum EngineError {
     /// The waiting queue is at its limit; try again later.
     #[error("the server is busy: {waiting} sequences are waiting (limit {limit}); retry later")]
     QueueFull { waiting: usize, limit: usize },
+    /// The waiting queue holds as many prompt tokens as it may; try again later.
+    #[error("the server is busy: {waiting} prompt tokens are waiting (limit {limit}); retry later")]
+    QueueTokensFull { waiting: usize, limit: usize },
+    /// The client does not read what it asked for.
+    #[error("{limit} tokens were not read in time; the request is cancelled")]
+    SlowReader { limit: usize },
     /// The request can never fit.
     #[error(
         "prompt of {prompt} tokens, {cartridge} cartridge tokens and {max_tokens} tokens to generate \

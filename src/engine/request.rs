@@ -47,6 +47,16 @@ impl Default for SamplingParams {
     }
 }
 
+/// Who goes first when not everybody can run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Priority {
+    /// Somebody is waiting for the answer.
+    #[default]
+    Interactive,
+    /// Work that takes what interactive requests leave, and gives its blocks up first.
+    Batch,
+}
+
 /// Which log-probabilities to compute. They are natural logs over the whole vocabulary, taken before
 /// penalties, bias and truncation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -71,6 +81,7 @@ pub struct GenerateRequest {
     /// Generation of a choice ends with any of these (the token is part of the output).
     pub stop_token_ids: Vec<u32>,
     pub logprobs: LogprobOptions,
+    pub priority: Priority,
 }
 
 /// A token with its log-probability and the most likely alternatives (id, log-probability), descending.
