@@ -76,7 +76,7 @@ impl Demo {
 
 fn lease(document: &Document) -> Lease {
     let cartridge = read_cartridge_bytes(document.cartridge, document.name).unwrap();
-    Lease::detached(document.name, cartridge)
+    Lease::detached(document.name, &cartridge).unwrap()
 }
 
 #[test]

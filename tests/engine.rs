@@ -342,7 +342,7 @@ fn non_finite_logits_end_their_request_only() {
     let huge = Cartridge::new(huge.collect(), 1, Provenance::default()).unwrap();
     let prompt = &fixture.prompts()[1];
     let mut bad = greedy(prompt, 24);
-    bad.cartridges = vec![Lease::detached("huge", huge)];
+    bad.cartridges = vec![Lease::detached("huge", &huge).unwrap()];
     let mut scored = bad.clone();
     scored.sampling.max_tokens = 0;
     scored.logprobs.prompt_top = Some(1);
@@ -375,7 +375,7 @@ fn a_bias_per_key_reaches_attention() {
         });
         let cartridge = Cartridge::new(layers.collect(), 1, Provenance::default()).unwrap();
         let mut request = greedy(&fixture.prompts()[1], 1);
-        request.cartridges = vec![Lease::detached("biased", cartridge)];
+        request.cartridges = vec![Lease::detached("biased", &cartridge).unwrap()];
         collect(engine.submit(request).unwrap(), 1).unwrap().tokens[0][0].logprob
     };
     let without = first_logprob(None);

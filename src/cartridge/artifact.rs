@@ -189,6 +189,25 @@ impl Cartridge {
         Ok(Self { layers, dtype, provenance: self.provenance.clone(), ..*self })
     }
 
+    /// The same numbers, with the keys of each head transposed in memory: attention on the CPU reads the
+    /// keys of neighbouring tokens together. Shapes stay as they are; only strides change.
+    pub fn for_attention(&self) -> Result<Self, CartridgeError> {
+        let transposed = |keys: &Tensor| keys.transpose(1, 2)?.contiguous()?.transpose(1, 2);
+        let layers = self
+            .layers
+            .iter()
+            .map(|layer| Ok(LayerKv { keys: transposed(&layer.keys)?, ..layer.clone() }))
+            .collect::<candle_core::Result<_>>()
+            .map_err(|e| CartridgeError::tensor(&e))?;
+        Ok(Self { layers, provenance: self.provenance.clone(), ..*self })
+    }
+
+    /// Whether [`Self::for_attention`] was applied.
+    pub fn is_for_attention(&self) -> bool {
+        let is_transposed = |keys: &Tensor| keys.transpose(1, 2).is_ok_and(|k| k.is_contiguous());
+        self.layers.iter().all(|layer| is_transposed(&layer.keys))
+    }
+
     /// The digest of the tensors as they are now; differs from [`Self::generation`] after a change
     /// of type.
     pub(super) fn present_generation(&self) -> Result<Generation, CartridgeError> {

@@ -2,7 +2,7 @@
 
 use std::{ops::Deref, sync::Arc};
 
-use super::Cartridge;
+use super::{Cartridge, CartridgeError};
 
 /// A guard on one generation, under the id it was asked for. The registry never evicts a generation
 /// that is lent; memory goes with the last lease (and the registry's own hold). Cloning is cheap.
@@ -18,8 +18,11 @@ impl Lease {
     }
 
     /// A lease that no registry knows of, for tests and tools.
-    pub fn detached(id: &str, cartridge: Cartridge) -> Self {
-        Self::new(id, Arc::new(cartridge))
+    ///
+    /// # Errors
+    /// Only if memory runs out or a tensor is broken.
+    pub fn detached(id: &str, cartridge: &Cartridge) -> Result<Self, CartridgeError> {
+        Ok(Self::new(id, Arc::new(cartridge.for_attention()?)))
     }
 
     /// The id of the request, as the client wrote it.

@@ -106,7 +106,7 @@ fn evaluate(runtime: &Runtime) -> Result<Vec<Row>, CliError> {
         let broken = |e| CliError::Usage(format!("the questions of {}: {e}", document.name));
         let questions = document.questions().map_err(broken)?;
         let cartridge = read_cartridge_bytes(document.cartridge, document.name)?;
-        let lease = Lease::detached(document.name, cartridge);
+        let lease = Lease::detached(document.name, &cartridge)?;
         for question in questions.questions {
             for (mode, answers) in modes.iter().zip(&mut answers) {
                 answers.push(ask(runtime, *mode, document.text, &lease, &question.question)?);

@@ -51,6 +51,10 @@ pub struct RuntimeOptions {
     /// Compute every prompt from its first token, even if one that began the same way is still stored
     #[arg(long, env = "CARTOUCHE_NO_PREFIX_CACHE", num_args = 0..=1, default_missing_value = "true")]
     pub no_prefix_cache: Option<bool>,
+    /// Sequences that must share a cartridge for attention to read it once for all of them; the answers
+    /// are the same [default: 2]
+    #[arg(long, env = "CARTOUCHE_GROUP_MIN_SEQUENCES")]
+    pub group_min_sequences: Option<usize>,
     /// Folder of cartridges: {dir}/{id}/cartridge.pt or .safetensors [default: cartridges]
     #[arg(long, env = "CARTOUCHE_CARTRIDGE_DIR")]
     pub cartridge_dir: Option<PathBuf>,
@@ -111,6 +115,7 @@ impl RuntimeOptions {
             max_queued_tokens: self.max_queued_tokens.unwrap_or(default.max_queued_tokens),
             prefix_cache: !self.no_prefix_cache.unwrap_or(!default.prefix_cache),
             max_unread_events: default.max_unread_events,
+            group_min_sequences: self.group_min_sequences.unwrap_or(default.group_min_sequences),
         }
     }
 

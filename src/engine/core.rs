@@ -36,6 +36,8 @@ pub struct EngineOptions {
     pub prefix_cache: bool,
     /// Events one request may leave unread before it is cancelled.
     pub max_unread_events: usize,
+    /// Sequences that must share a cartridge for attention to read it once for all of them.
+    pub group_min_sequences: usize,
 }
 
 impl Default for EngineOptions {
@@ -48,6 +50,7 @@ impl Default for EngineOptions {
             max_queued_tokens: limits::DEFAULT_MAX_QUEUED_TOKENS,
             prefix_cache: true,
             max_unread_events: limits::DEFAULT_MAX_UNREAD_EVENTS,
+            group_min_sequences: 2,
         }
     }
 }
@@ -92,6 +95,7 @@ pub fn start(
         max_running: options.max_running_sequences,
         prefill_tokens: options.prefill_tokens_per_step,
     };
+    let group_min = options.group_min_sequences;
     let thread = {
         let gauges = Arc::clone(&gauges);
         std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
@@ -104,6 +108,7 @@ pub fn start(
                 receiver,
                 gauges,
                 decoder,
+                group_min,
             };
             core.run();
         })
@@ -114,6 +119,7 @@ pub fn start(
 
 struct Core {
     decoder: Decoder,
+    group_min: usize,
     cache: KvCache,
     pool: BlockPool,
     scheduler: Scheduler,
@@ -242,7 +248,8 @@ impl Core {
                 rows: work.tokens,
             });
         }
-        let mut attention = PagedAttention { cache: &mut self.cache, batch: &batch };
+        let mut attention =
+            PagedAttention { cache: &mut self.cache, batch: &batch, group_min: self.group_min };
         let hidden = self.decoder.forward(&tokens, &positions, &mut attention)?;
         drop(batch);
 

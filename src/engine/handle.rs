@@ -164,6 +164,10 @@ impl EngineHandle {
                 let dtype = cartridge.dtype();
                 return invalid("cartridges", format!("{dtype:?} tensors, the engine needs F32"));
             }
+            if !cartridge.is_for_attention() {
+                let reason = "keys are not laid out for attention (Cartridge::for_attention)";
+                return invalid("cartridges", reason.to_owned());
+            }
         }
         let cartridge: usize = request.cartridges.iter().map(|c| c.tokens()).sum();
         let own = request.prompt.len().saturating_add(max_tokens);

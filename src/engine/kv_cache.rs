@@ -1,14 +1,16 @@
 //! Storage of the paged KV cache on the CPU, and attention over it.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Storage, Tensor};
 
 use super::blocks::{BLOCK_TOKENS, BlockTable};
-use crate::cartridge::{KvShape, Lease};
+use crate::cartridge::{KvShape, LayerKv, Lease};
 use crate::model::Attend;
-use crate::ops::attention::{KvRun, SequenceQueries, segment_attention};
+use crate::ops::attention::{Heads, KvRun, SequenceQueries, segment_attention};
 use crate::ops::{f32_slice, with_f32};
 
-/// Keys and values of all blocks: per layer `[blocks, kv_heads, BLOCK_TOKENS, head_dim]`, f32.
+/// Keys and values of all blocks in f32: per layer keys `[blocks, kv_heads, head_dim, BLOCK_TOKENS]`, so that
+/// the keys of a block lie side by side as attention reads them, and values
+/// `[blocks, kv_heads, BLOCK_TOKENS, head_dim]`.
 ///
 /// The memory is reserved zeroed and becomes resident block by block as it is written.
 pub struct KvCache {
@@ -43,11 +45,12 @@ impl LayerCache {
     fn write(&mut self, shape: KvShape, table: &BlockTable, at: usize, k: &[f32], v: &[f32]) {
         let (block, slot) = (table.blocks()[at / BLOCK_TOKENS] as usize, at % BLOCK_TOKENS);
         for head in 0..shape.kv_heads {
-            let to = ((block * shape.kv_heads + head) * BLOCK_TOKENS + slot) * shape.head_dim;
-            let from = head * shape.head_dim;
-            let (to, from) = (to..to + shape.head_dim, from..from + shape.head_dim);
-            self.keys[to.clone()].copy_from_slice(&k[from.clone()]);
-            self.values[to].copy_from_slice(&v[from]);
+            let start = (block * shape.kv_heads + head) * BLOCK_TOKENS * shape.head_dim;
+            let from = head * shape.head_dim..(head + 1) * shape.head_dim;
+            let keys = self.keys[start + slot..].iter_mut().step_by(BLOCK_TOKENS);
+            keys.zip(&k[from.clone()]).for_each(|(to, from)| *to = *from);
+            let to = start + slot * shape.head_dim;
+            self.values[to..to + shape.head_dim].copy_from_slice(&v[from]);
         }
     }
 
@@ -61,13 +64,36 @@ impl LayerCache {
             .zip(starts)
             .map(|(&block, start)| KvRun {
                 keys: &self.keys[block as usize * elements..][..elements],
+                key_head_stride: BLOCK_TOKENS * shape.head_dim,
+                key_stride: BLOCK_TOKENS,
                 values: &self.values[block as usize * elements..][..elements],
-                head_stride: BLOCK_TOKENS * shape.head_dim,
+                value_head_stride: BLOCK_TOKENS * shape.head_dim,
                 len: BLOCK_TOKENS.min(tokens - start),
                 bias: None,
             })
             .collect()
     }
+}
+
+/// A cartridge's layer as attention reads it. Its keys must be laid out by [`crate::cartridge::Cartridge::for_attention`].
+fn cartridge_run<'a>(
+    keys: &'a Storage,
+    values: &'a Storage,
+    bias: Option<&'a (impl std::ops::Deref<Target = Storage>, &Tensor)>,
+    kv: &LayerKv,
+) -> Result<KvRun<'a>> {
+    let (_, len, head_dim) = kv.keys.dims3()?;
+    let keys_of_head = kv.keys.transpose(1, 2)?;
+    let bias = bias.map(|(storage, bias)| f32_slice(storage, bias)).transpose()?;
+    Ok(KvRun {
+        keys: f32_slice(keys, &keys_of_head)?,
+        key_head_stride: head_dim * len,
+        key_stride: len,
+        values: f32_slice(values, &kv.values)?,
+        value_head_stride: len * head_dim,
+        len,
+        bias,
+    })
 }
 
 /// One sequence's part of a step: `rows` new tokens after `start` stored ones.
@@ -82,6 +108,8 @@ pub struct BatchEntry<'a> {
 pub struct PagedAttention<'a> {
     pub cache: &'a mut KvCache,
     pub batch: &'a [BatchEntry<'a>],
+    /// Sequences that must share a cartridge for it to be read once for all of them.
+    pub group_min: usize,
 }
 
 impl Attend for PagedAttention<'_> {
@@ -112,17 +140,9 @@ impl Attend for PagedAttention<'_> {
                 (kv.keys.storage_and_layout().0, kv.values.storage_and_layout().0, bias, kv)
             })
             .collect();
-        let mut shared = locked.iter().map(|(keys, values, bias, kv)| {
-            let len = kv.keys.dim(1)?;
-            let bias = bias.as_ref().map(|(storage, bias)| f32_slice(storage, bias));
-            Ok(KvRun {
-                keys: f32_slice(keys, &kv.keys)?,
-                values: f32_slice(values, &kv.values)?,
-                head_stride: len * head_dim,
-                len,
-                bias: bias.transpose()?,
-            })
-        });
+        let mut shared = locked
+            .iter()
+            .map(|(keys, values, bias, kv)| cartridge_run(keys, values, bias.as_ref(), kv));
         let store = &*store;
         let mut sequences = Vec::with_capacity(self.batch.len());
         let mut first_row = 0;
@@ -138,7 +158,8 @@ impl Attend for PagedAttention<'_> {
         }
         let scale = 1.0 / (head_dim as f32).sqrt();
         let out = with_f32(q, |q| {
-            Ok(segment_attention(q, (heads, shape.kv_heads, head_dim), scale, &sequences))
+            let heads = Heads { heads, kv_heads: shape.kv_heads, head_dim };
+            Ok(segment_attention(q, heads, scale, &sequences, self.group_min))
         })?;
         Tensor::from_vec(out, q.shape(), q.device())
     }

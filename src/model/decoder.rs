@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::ModelConfig;
-use crate::ops::{Linear, RopeTable, apply_rope, rms_norm, swiglu};
+use crate::ops::{Linear, QuantizedMatrix, RopeTable, apply_rope, rms_norm, swiglu};
 
 /// What the decoder's queries attend to.
 pub trait Attend {
@@ -27,7 +27,7 @@ pub struct Decoder {
 #[derive(Debug)]
 pub(super) enum Embedding {
     Dense(Tensor),
-    Quantized(std::sync::Arc<candle_core::quantized::QTensor>),
+    Quantized(QuantizedMatrix),
 }
 
 #[derive(Debug)]
@@ -87,7 +87,7 @@ impl Decoder {
         let embedding = match &self.embedding {
             _ if self.config.tie_word_embeddings => 0,
             Embedding::Dense(table) => dense(table),
-            Embedding::Quantized(table) => table.storage_size_in_bytes() as u64,
+            Embedding::Quantized(table) => table.bytes(),
         };
         let layers: u64 = self
             .layers
@@ -103,7 +103,7 @@ impl Embedding {
     fn lookup(&self, ids: &Tensor) -> Result<Tensor> {
         match self {
             Self::Dense(table) => table.index_select(ids, 0),
-            Self::Quantized(table) => table.embedding(ids),
+            Self::Quantized(table) => table.rows(ids),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
@@ -13,7 +13,7 @@ use candle_core::{Device, Tensor};
 use super::config::{Biases, within_window};
 use super::weights::{Matrix, WeightReader};
 use super::{Architecture, ModelConfig, ModelError, gguf_tokenizer};
-use crate::ops::RopeScaling;
+use crate::ops::{QuantizedMatrix, RopeScaling};
 
 /// An open `.gguf` file.
 pub(super) struct GgufFile {
@@ -113,10 +113,10 @@ impl WeightReader for GgufFile {
                     None => dense,
                 })
             }
-            _ => Matrix::Quantized(Arc::new(match heads {
+            _ => Matrix::Quantized(QuantizedMatrix::new(match heads {
                 Some(heads) => deinterleave_blocks(&tensor, heads)?,
                 None => tensor,
-            })),
+            })?),
         }))
     }
 

@@ -4,11 +4,12 @@ use candle_core::{Result, Tensor};
 
 use super::{Attend, Decoder};
 use crate::cartridge::LayerKv;
-use crate::ops::attention::{KvRun, SequenceQueries, segment_attention};
+use crate::ops::attention::{Heads, KEY_LANES, KvRun, SequenceQueries, segment_attention};
 use crate::ops::{f32_slice, with_f32};
 
-/// Tokens computed at once: activations are held for so many, not for the whole document.
-const CHUNK: usize = 512;
+/// Tokens computed at once: activations are held for so many, not for the whole document. A multiple of the
+/// lanes of attention.
+const CHUNK: usize = 32 * KEY_LANES;
 
 /// Per-layer keys (after RoPE) and values of `tokens` at positions 0, 1, …
 ///
@@ -32,12 +33,14 @@ fn prefill_chunked(decoder: &Decoder, tokens: &[u32], chunk: usize) -> Result<Ve
 /// Keys and values of a layer, each `[kv_heads, tokens, head_dim]`, from those of its chunks.
 fn joined(chunks: Vec<(Tensor, Tensor)>) -> Result<LayerKv> {
     let (keys, values): (Vec<_>, Vec<_>) = chunks.into_iter().unzip();
-    Ok(LayerKv { keys: Tensor::cat(&keys, 1)?, values: Tensor::cat(&values, 1)?, bias: None })
+    let keys = Tensor::cat(&keys, 2)?.transpose(1, 2)?.contiguous()?;
+    Ok(LayerKv { keys, values: Tensor::cat(&values, 1)?, bias: None })
 }
 
 /// Causal attention of one sequence over itself, chunk by chunk, that keeps what it is given.
 struct Recording {
-    /// Per layer, the keys and values `[kv_heads, tokens, head_dim]` of each chunk so far.
+    /// Per layer, the keys `[kv_heads, head_dim, tokens]` and values `[kv_heads, tokens, head_dim]` of each
+    /// chunk so far.
     layers: Vec<Vec<(Tensor, Tensor)>>,
 }
 
@@ -45,7 +48,7 @@ impl Attend for Recording {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (rows, heads, head_dim) = q.dims3()?;
         let chunks = &mut self.layers[layer];
-        chunks.push((k.transpose(0, 1)?.contiguous()?, v.transpose(0, 1)?.contiguous()?));
+        chunks.push((k.permute((1, 2, 0))?.contiguous()?, v.transpose(0, 1)?.contiguous()?));
         let stored: Vec<_> = chunks
             .iter()
             .map(|(keys, values)| (keys.storage_and_layout().0, values.storage_and_layout().0))
@@ -54,11 +57,13 @@ impl Attend for Recording {
             .iter()
             .zip(&stored)
             .map(|((keys, values), (stored_keys, stored_values))| {
-                let len = keys.dim(1)?;
+                let len = values.dim(1)?;
                 Ok(KvRun {
                     keys: f32_slice(stored_keys, keys)?,
+                    key_head_stride: head_dim * len,
+                    key_stride: len,
                     values: f32_slice(stored_values, values)?,
-                    head_stride: len * head_dim,
+                    value_head_stride: len * head_dim,
                     len,
                     bias: None,
                 })
@@ -66,9 +71,9 @@ impl Attend for Recording {
             .collect::<Result<Vec<_>>>()?;
         let own_before = own.iter().map(|run| run.len).sum::<usize>() - rows;
         let sequence = SequenceQueries { first_row: 0, rows, shared: Vec::new(), own, own_before };
-        let shape = (heads, k.dim(1)?, head_dim);
+        let heads = Heads { heads, kv_heads: k.dim(1)?, head_dim };
         let scale = 1.0 / (head_dim as f32).sqrt();
-        let out = with_f32(q, |q| Ok(segment_attention(q, shape, scale, &[sequence])))?;
+        let out = with_f32(q, |q| Ok(segment_attention(q, heads, scale, &[sequence], 1)))?;
         Tensor::from_vec(out, q.shape(), q.device())
     }
 }
@@ -85,7 +90,7 @@ mod tests {
         let tokens: Vec<u32> = (0..45).map(|i| i * 7 % 90).collect();
         let whole = prefill_chunked(&decoder, &tokens, tokens.len()).unwrap();
         assert_eq!(whole.len(), decoder.config().layers);
-        for chunk in [1, 16, 44] {
+        for chunk in [16, 32] {
             let parts = prefill_chunked(&decoder, &tokens, chunk).unwrap();
             assert_eq!(parts.len(), whole.len());
             for (part, whole) in parts.iter().zip(&whole) {

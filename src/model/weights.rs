@@ -1,7 +1,6 @@
 //! Where the decoder's weights come from, and how it is put together from them.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
@@ -11,7 +10,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use super::decoder::{Decoder, Embedding, Layer};
 use super::{ModelConfig, ModelError, Quantize};
-use crate::ops::{Linear, RopeTable};
+use crate::ops::{Linear, QuantizedMatrix, RopeTable};
 
 /// Named weights, addressed as in a Hugging Face checkpoint (`model.layers.0.mlp.up_proj.weight`).
 pub(super) trait WeightReader {
@@ -27,7 +26,7 @@ pub(super) trait WeightReader {
 #[derive(Clone)]
 pub(super) enum Matrix {
     Dense(Tensor),
-    Quantized(Arc<QTensor>),
+    Quantized(QuantizedMatrix),
 }
 
 impl Matrix {
@@ -208,7 +207,7 @@ impl WeightReader for SafetensorsReader<'_> {
             what: format!("quantising rows of {columns} weights"),
             hint: "the width must be a multiple of 32; run without --quantize".to_owned(),
         })?;
-        Ok(Some(Matrix::Quantized(Arc::new(quantize_rows(&values, columns, dtype)?))))
+        Ok(Some(Matrix::Quantized(QuantizedMatrix::new(quantize_rows(&values, columns, dtype)?)?)))
     }
 
     fn rope_divisors(&self) -> Result<Option<Vec<f32>>, ModelError> {

@@ -1,9 +1,8 @@
 //! Linear layers over frozen weights, dense or block-quantised.
 
-use std::sync::Arc;
+use candle_core::{Result, Tensor};
 
-use candle_core::quantized::QTensor;
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor};
+use super::QuantizedMatrix;
 
 /// Rows below which the CPU's matrix product takes other kernels, which sum in another order: a sequence
 /// would get other bits alone than in a batch. Such products are padded; weights dominate their cost.
@@ -19,7 +18,7 @@ pub struct Linear {
 #[derive(Debug, Clone)]
 enum Weight {
     Dense(Tensor),
-    Quantized(Arc<QTensor>),
+    Quantized(QuantizedMatrix),
 }
 
 impl Linear {
@@ -28,8 +27,8 @@ impl Linear {
         Self { weight: Weight::Dense(weight), bias }
     }
 
-    /// `weight` `[out, in]` in any GGML block format candle multiplies, `bias` `[out]`.
-    pub fn quantized(weight: Arc<QTensor>, bias: Option<Tensor>) -> Self {
+    /// `weight` `[out, in]`, `bias` `[out]`.
+    pub fn quantized(weight: QuantizedMatrix, bias: Option<Tensor>) -> Self {
         Self { weight: Weight::Quantized(weight), bias }
     }
 
@@ -42,9 +41,7 @@ impl Linear {
                 padded.matmul(&weight.t()?)?.narrow(0, 0, rows)?
             }
             Weight::Dense(weight) => x.matmul(&weight.t()?)?,
-            Weight::Quantized(weight) => {
-                x.contiguous()?.apply_op1(QuantizedProduct(weight.clone()))?
-            }
+            Weight::Quantized(weight) => weight.product(x)?,
         };
         match &self.bias {
             Some(bias) => y.broadcast_add(bias),
@@ -57,47 +54,25 @@ impl Linear {
         let tensor_bytes = |t: &Tensor| (t.elem_count() * t.dtype().size_in_bytes()) as u64;
         let weight = match &self.weight {
             Weight::Dense(weight) => tensor_bytes(weight),
-            Weight::Quantized(weight) => weight.storage_size_in_bytes() as u64,
+            Weight::Quantized(weight) => weight.bytes(),
         };
         weight + self.bias.as_ref().map_or(0, tensor_bytes)
-    }
-}
-
-/// candle's quantised product, given the backward it lacks.
-struct QuantizedProduct(Arc<QTensor>);
-
-impl CustomOp1 for QuantizedProduct {
-    fn name(&self) -> &'static str {
-        "quantized_product"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.0.cpu_fwd(storage, layout)
-    }
-
-    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        self.0.cuda_fwd(storage, layout)
-    }
-
-    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        // Dequantised for the length of this product only: the frozen weight stays in its blocks.
-        Ok(Some(grad.contiguous()?.matmul(&self.0.dequantize(x.device())?)?))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::quantized::GgmlDType;
+    use candle_core::quantized::{GgmlDType, QTensor};
     use candle_core::{Device, Var};
 
     #[test]
     fn gradient_passes_through_quantised_weights() -> Result<()> {
         let dev = Device::Cpu;
-        let quantized = Arc::new(QTensor::quantize(
+        let quantized = QuantizedMatrix::new(QTensor::quantize(
             &Tensor::randn(0f32, 1f32, (24, 64), &dev)?,
             GgmlDType::Q8_0,
-        )?);
+        )?)?;
         let dense = Linear::dense(quantized.dequantize(&dev)?, None);
         let x = Var::from_tensor(&Tensor::randn(0f32, 1f32, (5, 64), &dev)?)?;
         let up = Tensor::randn(0f32, 1f32, (5, 24), &dev)?;

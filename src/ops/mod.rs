@@ -6,11 +6,14 @@
 
 pub mod attention;
 mod linear;
+mod quantized;
 mod rms_norm;
 mod rope;
+mod simd;
 mod swiglu;
 
 pub use linear::Linear;
+pub use quantized::QuantizedMatrix;
 pub use rms_norm::rms_norm;
 pub use rope::{RopeScaling, RopeTable, apply_rope};
 pub use swiglu::swiglu;

@@ -88,7 +88,7 @@ impl ModelFixture {
             })
             .collect();
         let cartridge = Cartridge::new(layers, 1, Provenance::default()).unwrap();
-        Lease::detached(prefix, cartridge)
+        Lease::detached(prefix, &cartridge).unwrap()
     }
 }
 

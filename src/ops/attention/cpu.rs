@@ -1,20 +1,41 @@
 //! Segment attention on the CPU, in f32, forward only: what serving needs.
 
+use std::collections::HashMap;
+use std::ops::Range;
+
 use rayon::prelude::*;
 
-/// Keys whose scores are held at once per query head; bounds the scratch on the stack.
-const KEY_TILE: usize = 32;
-/// Query heads per KV head that one pass over the keys serves at most.
-const MAX_GROUP: usize = 16;
+use super::tile::{KEY_LANES, QUERIES, Running, TILE_KEYS, TILE_VECTORS, Tile, add_tile};
+use crate::ops::simd::{Lanes, dispatch};
 
-/// A run of keys and values that lie evenly spaced in memory.
+/// Queries per task at most: their state stays in the L2 cache while the keys pass by.
+const TASK_QUERIES: usize = 256;
+/// Rows of one sequence per task while prefilling.
+const TASK_ROWS: usize = 32;
+/// Multiply-adds below which the work is cheaper than handing it to another thread.
+const SERIAL_WORK: usize = 1 << 17;
+
+/// Heads and width of the packed queries `[rows, heads, head_dim]`. A query head `h` uses KV head
+/// `h / (heads / kv_heads)`.
+#[derive(Debug, Clone, Copy)]
+pub struct Heads {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+}
+
+/// A run of keys and values in memory.
 ///
-/// Token `t` of KV head `h` starts at `h * head_stride + t * head_dim` in both slices.
+/// Keys lie transposed, so that those of neighbouring tokens fill a register: dimension `d` of token `t` of
+/// KV head `h` is at `h * key_head_stride + d * key_stride + t`. Its value starts at
+/// `h * value_head_stride + t * head_dim`.
 #[derive(Clone, Copy)]
 pub struct KvRun<'a> {
     pub keys: &'a [f32],
+    pub key_head_stride: usize,
+    pub key_stride: usize,
     pub values: &'a [f32],
-    pub head_stride: usize,
+    pub value_head_stride: usize,
     /// Tokens in this run.
     pub len: usize,
     /// Added to the scaled score of each key: `bias[h * len + t]`.
@@ -26,321 +47,339 @@ pub struct SequenceQueries<'a> {
     /// First row of this sequence in the packed queries.
     pub first_row: usize,
     pub rows: usize,
-    /// Visible to every row in full: cartridges.
+    /// Visible to every row in full: cartridges. A run that several sequences name is read once for all.
     pub shared: Vec<KvRun<'a>>,
-    /// The sequence's own tokens in order, the rows' own keys included.
+    /// The sequence's own tokens in order, the rows' own keys included. All runs but the last hold the
+    /// same number of tokens, a multiple of [`KEY_LANES`].
     pub own: Vec<KvRun<'a>>,
     /// Own tokens before the first row. Row `i` sees `own_before + i + 1` of `own`.
     pub own_before: usize,
 }
 
-/// Heads and width of the packed queries `[rows, heads, head_dim]`.
-#[derive(Clone, Copy)]
-struct Geometry {
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    scale: f32,
-}
-
 /// `softmax(scale · q kᵀ + bias) v` per row and head over the row's visible keys.
 ///
-/// `q` and the result are `[rows, heads, head_dim]`. `sequences` must cover all rows, in order. A query
-/// head `h` uses KV head `h / (heads / kv_heads)`. The result of a row does not depend on the other rows
-/// of the batch.
+/// `q` and the result are `[rows, heads, head_dim]`. `sequences` must cover all rows, in order. Sequences
+/// that name the same run are computed together where at least `group_min` of them do.
+///
+/// The result of a row has the same bits whatever else is in the batch, and whatever `group_min` is.
 pub fn segment_attention(
     q: &[f32],
-    (heads, kv_heads, head_dim): (usize, usize, usize),
+    heads: Heads,
     scale: f32,
     sequences: &[SequenceQueries<'_>],
+    group_min: usize,
 ) -> Vec<f32> {
-    let geometry = Geometry { heads, kv_heads, head_dim, scale };
-    let group_width = heads / kv_heads * head_dim;
-    let row_sequence: Vec<usize> = sequences
-        .iter()
-        .enumerate()
-        .flat_map(|(i, sequence)| std::iter::repeat_n(i, sequence.rows))
-        .collect();
-    let mut out = vec![0f32; q.len()];
-    out.par_chunks_exact_mut(group_width).enumerate().for_each(|(task, out)| {
-        let (row, kv_head) = (task / kv_heads, task % kv_heads);
-        let sequence = &sequences[row_sequence[row]];
-        let q = &q[task * group_width..][..group_width];
-        attend_group(geometry, q, sequence, row - sequence.first_row, kv_head, out);
-    });
+    let width = heads.head_dim.next_multiple_of(KEY_LANES);
+    let states = q.len() / heads.head_dim;
+    let mut out = vec![0f32; states * width];
+    let mut max = vec![f32::NEG_INFINITY; states];
+    let mut sum = vec![0f32; states];
+    let pass = Pass {
+        q,
+        heads,
+        scale,
+        width,
+        out: out.as_mut_ptr(),
+        max: max.as_mut_ptr(),
+        sum: sum.as_mut_ptr(),
+    };
+    let deepest = sequences.iter().map(|sequence| sequence.shared.len()).max().unwrap_or(0);
+    for level in 0..deepest {
+        pass.run(&Work::shared(sequences, level, group_min, heads));
+    }
+    pass.run(&Work::own(sequences, heads));
+    for (out, sum) in out.chunks_exact_mut(width).zip(&sum) {
+        if *sum != 0.0 {
+            out.iter_mut().for_each(|o| *o /= sum);
+        }
+    }
+    if width != heads.head_dim {
+        out = out.chunks_exact(width).flat_map(|out| &out[..heads.head_dim]).copied().collect();
+    }
     out
 }
 
-/// All query heads of one row that share a KV head.
-fn attend_group(
-    geometry: Geometry,
-    q: &[f32],
-    sequence: &SequenceQueries<'_>,
-    row: usize,
+/// What one level of segments asks for.
+struct Work<'a> {
+    /// Rows in the order of the tasks.
+    rows: Vec<usize>,
+    tasks: Vec<Task<'a>>,
+}
+
+/// Rows that see the same keys, and one KV head of them.
+struct Task<'a> {
     kv_head: usize,
-    out: &mut [f32],
-) {
-    let head_dim = geometry.head_dim;
-    // Groups wider than the scratch are served in several passes.
-    for (q, out) in q.chunks(MAX_GROUP * head_dim).zip(out.chunks_mut(MAX_GROUP * head_dim)) {
-        let mut softmax = RunningSoftmax::new(geometry, q, kv_head, out);
-        for run in &sequence.shared {
-            softmax.add_run(run, run.len);
-        }
-        let mut visible = sequence.own_before + row + 1;
-        for run in &sequence.own {
-            if visible == 0 {
-                break;
+    /// Where its rows stand in [`Work::rows`].
+    rows: Range<usize>,
+    runs: &'a [KvRun<'a>],
+    /// `None`: the rows see all keys. Otherwise the `i`-th row sees this many and `i`.
+    visible: Option<usize>,
+    tokens: usize,
+}
+
+impl<'a> Work<'a> {
+    /// The `level`-th cartridge of every sequence, for those with the same one together.
+    fn shared(
+        sequences: &'a [SequenceQueries<'a>],
+        level: usize,
+        group_min: usize,
+        heads: Heads,
+    ) -> Self {
+        let mut groups: Vec<Vec<&'a SequenceQueries<'a>>> = Vec::new();
+        let mut known = HashMap::new();
+        for sequence in sequences {
+            let Some(run) = sequence.shared.get(level) else { continue };
+            let group = *known.entry((run.keys.as_ptr(), run.len)).or_insert(groups.len());
+            match groups.get_mut(group) {
+                Some(group) => group.push(sequence),
+                None => groups.push(vec![sequence]),
             }
-            softmax.add_run(run, visible.min(run.len));
-            visible -= visible.min(run.len);
         }
-        softmax.finish();
+        let mut work = Self { rows: Vec::new(), tasks: Vec::new() };
+        for group in &groups {
+            let together = if group.len() < group_min { 1 } else { group.len() };
+            for group in group.chunks(together) {
+                let run = &group[0].shared[level];
+                work.add_group(group, run, heads);
+            }
+        }
+        work
+    }
+
+    fn add_group(&mut self, group: &[&SequenceQueries<'_>], run: &'a KvRun<'a>, heads: Heads) {
+        let first = self.rows.len();
+        self.rows.extend(group.iter().flat_map(|s| s.first_row..s.first_row + s.rows));
+        let end = self.rows.len();
+        for start in (first..end).step_by(rows_per_task(end - first, heads)) {
+            let rows = start..end.min(start + rows_per_task(end - first, heads));
+            let (runs, tokens) = (std::slice::from_ref(run), run.len);
+            self.tasks.extend((0..heads.kv_heads).map(|kv_head| Task {
+                kv_head,
+                rows: rows.clone(),
+                runs,
+                visible: None,
+                tokens,
+            }));
+        }
+    }
+
+    /// Every sequence's own tokens.
+    fn own(sequences: &'a [SequenceQueries<'a>], heads: Heads) -> Self {
+        let mut work = Self { rows: Vec::new(), tasks: Vec::new() };
+        for sequence in sequences {
+            for start in (0..sequence.rows).step_by(TASK_ROWS) {
+                let len = TASK_ROWS.min(sequence.rows - start);
+                let rows = work.rows.len()..work.rows.len() + len;
+                work.rows.extend((sequence.first_row + start..).take(len));
+                let visible = sequence.own_before + start + 1;
+                work.tasks.extend((0..heads.kv_heads).map(|kv_head| Task {
+                    kv_head,
+                    rows: rows.clone(),
+                    runs: &sequence.own,
+                    visible: Some(visible),
+                    tokens: visible + len - 1,
+                }));
+            }
+        }
+        work
     }
 }
 
-/// Softmax-weighted sum of values over the keys seen so far, per query head of a group.
-struct RunningSoftmax<'a> {
-    geometry: Geometry,
+/// As many as keep every thread busy, within what the cache holds.
+fn rows_per_task(rows: usize, heads: Heads) -> usize {
+    let per_row = heads.heads / heads.kv_heads;
+    let most = (TASK_QUERIES / per_row).max(1);
+    let parts = (2 * rayon::current_num_threads()).div_ceil(heads.kv_heads);
+    let whole_batches = QUERIES.div_ceil(per_row);
+    rows.div_ceil(parts).next_multiple_of(whole_batches).clamp(1, most)
+}
+
+/// One call's queries, and the running softmax of each of its rows and heads.
+struct Pass<'a> {
     q: &'a [f32],
-    kv_head: usize,
-    /// Unnormalised output, `[group, head_dim]`.
-    out: &'a mut [f32],
-    max: [f32; MAX_GROUP],
-    sum: [f32; MAX_GROUP],
-    avx2: bool,
+    heads: Heads,
+    scale: f32,
+    /// `head_dim`, rounded up to whole vectors.
+    width: usize,
+    /// `[rows, heads, width]`
+    out: *mut f32,
+    /// `[rows, heads]`
+    max: *mut f32,
+    sum: *mut f32,
 }
 
-impl<'a> RunningSoftmax<'a> {
-    fn new(geometry: Geometry, q: &'a [f32], kv_head: usize, out: &'a mut [f32]) -> Self {
-        debug_assert_eq!(geometry.heads % geometry.kv_heads, 0);
-        #[cfg(target_arch = "x86_64")]
-        let avx2 = is_x86_feature_detected!("avx2");
-        #[cfg(not(target_arch = "x86_64"))]
-        let avx2 = false;
-        Self {
-            geometry,
-            q,
-            kv_head,
-            out,
-            max: [f32::NEG_INFINITY; MAX_GROUP],
-            sum: [0.0; MAX_GROUP],
-            avx2,
-        }
-    }
+// SAFETY: tasks that run at the same time have different rows or KV heads, so their states are disjoint.
+unsafe impl Sync for Pass<'_> {}
 
-    /// Adds the first `visible` keys of `run`.
-    fn add_run(&mut self, run: &KvRun<'_>, visible: usize) {
-        let head_dim = self.geometry.head_dim;
-        let base = self.kv_head * run.head_stride;
-        for start in (0..visible).step_by(KEY_TILE) {
-            let len = KEY_TILE.min(visible - start);
-            let at = base + start * head_dim;
-            let keys = &run.keys[at..][..len * head_dim];
-            let values = &run.values[at..][..len * head_dim];
-            let bias = run.bias.map(|bias| &bias[self.kv_head * run.len + start..][..len]);
-            #[cfg(target_arch = "x86_64")]
-            if self.avx2 {
-                // SAFETY: the processor was asked for avx2 in `new`.
-                unsafe { self.add_tile_avx2(keys, values, bias) };
-                continue;
-            }
-            self.add_tile(keys, values, bias);
-        }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2")]
-    fn add_tile_avx2(&mut self, keys: &[f32], values: &[f32], bias: Option<&[f32]>) {
-        self.add_tile(keys, values, bias);
-    }
-
-    /// The body is compiled once per instruction set by inlining it into its callers.
-    #[inline(always)]
-    fn add_tile(&mut self, keys: &[f32], values: &[f32], bias: Option<&[f32]>) {
-        let Geometry { head_dim, scale, .. } = self.geometry;
-        let len = keys.len() / head_dim;
-        let groups = self.q.chunks_exact(head_dim).zip(self.out.chunks_exact_mut(head_dim));
-        for (group, (q, out)) in groups.enumerate() {
-            let mut scores = [0f32; KEY_TILE];
-            let mut max = self.max[group];
-            for (i, key) in keys.chunks_exact(head_dim).enumerate() {
-                scores[i] = dot(q, key) * scale + bias.map_or(0.0, |bias| bias[i]);
-                max = max.max(scores[i]);
-            }
-            if max == f32::NEG_INFINITY {
-                continue; // every key so far is masked out by its bias
-            }
-            let rescale = (self.max[group] - max).exp();
-            if rescale != 1.0 {
-                out.iter_mut().for_each(|o| *o *= rescale);
-            }
-            let mut sum = self.sum[group] * rescale;
-            for (score, value) in scores[..len].iter().zip(values.chunks_exact(head_dim)) {
-                let weight = (score - max).exp();
-                sum += weight;
-                for (o, v) in out.iter_mut().zip(value) {
-                    *o += weight * v;
-                }
-            }
-            self.max[group] = max;
-            self.sum[group] = sum;
-        }
-    }
-
-    fn finish(self) {
-        for (out, sum) in self.out.chunks_exact_mut(self.geometry.head_dim).zip(self.sum) {
-            if sum > 0.0 {
-                out.iter_mut().for_each(|o| *o /= sum);
-            }
+impl Pass<'_> {
+    fn run(&self, Work { rows, tasks }: &Work<'_>) {
+        let per_row = self.heads.heads / self.heads.kv_heads * self.heads.head_dim;
+        let work: usize = tasks.iter().map(|t| t.rows.len() * t.tokens * per_row).sum();
+        let run = |task: &Task<'_>| run_task(self, task, &rows[task.rows.clone()]);
+        match work < SERIAL_WORK {
+            true => tasks.iter().for_each(run),
+            false => tasks.par_iter().for_each(run),
         }
     }
 }
 
-/// Sum of products in sixteen independent lanes, so that the compiler can keep them in registers.
+fn run_task(pass: &Pass<'_>, task: &Task<'_>, rows: &[usize]) {
+    dispatch!(run_task_with(pass: &Pass<'_>, task: &Task<'_>, rows: &[usize]))
+}
+
 #[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    const LANES: usize = 16;
-    let mut lanes = [0f32; LANES];
-    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(x, y)| x * y).sum();
-    for (a, b) in a_chunks.zip(b_chunks) {
-        for i in 0..LANES {
-            lanes[i] += a[i] * b[i];
-        }
-    }
-    lanes.iter().sum::<f32>() + tail
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use rand::{RngExt, SeedableRng};
-    use rand_chacha::ChaCha8Rng;
-
-    fn random(rng: &mut ChaCha8Rng, len: usize) -> Vec<f32> {
-        (0..len).map(|_| rng.random_range(-1.5f32..1.5)).collect()
-    }
-
-    /// Softmax over one concatenated list of keys, in f64.
-    fn naive(
-        q: &[f32],
-        head_dim: usize,
-        scale: f32,
-        kv_head: usize,
-        runs: &[(KvRun<'_>, usize)],
-    ) -> Vec<f64> {
-        let mut scores = Vec::new();
-        let mut values = Vec::new();
-        for (run, visible) in runs {
-            for t in 0..*visible {
-                let at = kv_head * run.head_stride + t * head_dim;
-                let key = &run.keys[at..at + head_dim];
-                let dot: f64 = q.iter().zip(key).map(|(a, b)| f64::from(a * b)).sum();
-                let bias = run.bias.map_or(0.0, |b| f64::from(b[kv_head * run.len + t]));
-                scores.push(dot * f64::from(scale) + bias);
-                values.push(&run.values[at..at + head_dim]);
+fn run_task_with<L: Lanes>(pass: &Pass<'_>, task: &Task<'_>, rows: &[usize]) {
+    let Pass { heads: Heads { heads, kv_heads, head_dim }, width, .. } = *pass;
+    let per_row = heads / kv_heads;
+    let queries = rows.len() * per_row;
+    let state = |query: usize| {
+        let row = rows[query / per_row];
+        row * heads + task.kv_head * per_row + query % per_row
+    };
+    // Per batch of queries: `[head_dim, batch]`, scaled.
+    let mut packed = vec![0f32; queries * head_dim];
+    let mut batches = Vec::with_capacity(queries / QUERIES + 3);
+    let mut first = 0;
+    while first < queries {
+        let len = [QUERIES, 4, 2, 1].into_iter().find(|n| *n <= queries - first).unwrap_or(1);
+        let packed = &mut packed[first * head_dim..][..len * head_dim];
+        for n in 0..len {
+            let q = &pass.q[state(first + n) * head_dim..][..head_dim];
+            for (d, q) in q.iter().enumerate() {
+                packed[d * len + n] = q * pass.scale;
             }
         }
-        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let weights: Vec<f64> = scores.iter().map(|s| (s - max).exp()).collect();
-        let total: f64 = weights.iter().sum();
-        let mut out = vec![0f64; head_dim];
-        for (weight, value) in weights.iter().zip(values) {
-            for (o, v) in out.iter_mut().zip(value) {
-                *o += weight / total * f64::from(*v);
-            }
-        }
-        out
+        batches.push((first, len));
+        first += len;
     }
-
-    /// Cartridge lengths around block and tile edges, several segments, several sequences in one batch.
-    #[test]
-    fn equals_the_naive_softmax_over_all_segments() {
-        let rng = &mut ChaCha8Rng::seed_from_u64(7);
-        for (heads, kv_heads, head_dim) in [(4, 2, 16), (3, 3, 20), (40, 2, 8), (1, 1, 64)] {
-            for lengths in [vec![], vec![1], vec![15, 16], vec![17, 33, 2047]] {
-                let cartridges: Vec<_> = lengths
-                    .iter()
-                    .map(|&p| {
-                        let n = kv_heads * p * head_dim;
-                        (p, random(rng, n), random(rng, n), random(rng, kv_heads * p))
-                    })
-                    .collect();
-                let own_tokens = 37;
-                let own = [(); 2].map(|()| random(rng, kv_heads * own_tokens * head_dim));
-                let shared: Vec<_> = cartridges
-                    .iter()
-                    .map(|(p, keys, values, bias)| KvRun {
-                        keys,
-                        values,
-                        head_stride: p * head_dim,
-                        len: *p,
-                        bias: (p % 2 == 1).then_some(bias.as_slice()),
-                    })
-                    .collect();
-                // The same own tokens, seen as two runs of 20 and 17.
-                let half = |from: usize, len: usize| KvRun {
-                    keys: &own[0][from * head_dim..],
-                    values: &own[1][from * head_dim..],
-                    head_stride: own_tokens * head_dim,
-                    len,
-                    bias: None,
+    let mut scratch = Scratch::default();
+    let mut tiles = Tiles { task, heads: pass.heads, gather: queries > QUERIES, at: 0 };
+    while let Some((start, tile)) = tiles.next(&mut scratch) {
+        for &(first, len) in &batches {
+            let running = |n: usize| {
+                let state = state(first + n);
+                let visible = match task.visible {
+                    None => tile.len,
+                    Some(visible) => {
+                        (visible + (first + n) / per_row).saturating_sub(start).min(tile.len)
+                    }
                 };
-                let own_runs = || vec![half(0, 20), half(20, 17)];
-                let sequences = [
-                    SequenceQueries {
-                        first_row: 0,
-                        rows: 5,
-                        shared: shared.clone(),
-                        own: own_runs(),
-                        own_before: 18,
-                    },
-                    SequenceQueries {
-                        first_row: 5,
-                        rows: 1,
-                        shared: vec![],
-                        own: own_runs(),
-                        own_before: 0,
-                    },
-                ];
-                let q = random(rng, 6 * heads * head_dim);
-                let got = segment_attention(&q, (heads, kv_heads, head_dim), 0.3, &sequences);
-                for row in 0..6 {
-                    for head in 0..heads {
-                        let kv_head = head / (heads / kv_heads);
-                        let (shared, before) =
-                            if row < 5 { (shared.as_slice(), 18 + row) } else { (&[][..], 0) };
-                        let mut runs: Vec<_> = shared.iter().map(|r| (*r, r.len)).collect();
-                        let visible = before + 1;
-                        runs.push((half(0, 20), visible.min(20)));
-                        runs.push((half(20, 17), visible.saturating_sub(20)));
-                        let at = (row * heads + head) * head_dim;
-                        let want = naive(&q[at..at + head_dim], head_dim, 0.3, kv_head, &runs);
-                        for (g, w) in got[at..at + head_dim].iter().zip(want) {
-                            assert!((f64::from(*g) - w).abs() < 1e-5, "{g} for {w}");
-                        }
+                // SAFETY: `state` is below the number of rows times heads.
+                unsafe {
+                    Running {
+                        out: pass.out.add(state * width),
+                        max: pass.max.add(state),
+                        sum: pass.sum.add(state),
+                        visible,
                     }
                 }
+            };
+            let q = &packed[first * head_dim..][..len * head_dim];
+            // SAFETY: `Tiles` makes tiles as `Tile` says; the states are this task's alone.
+            unsafe {
+                match len {
+                    8 => add_tile::<L, 8>(&tile, q, width, &std::array::from_fn(running)),
+                    4 => add_tile::<L, 4>(&tile, q, width, &std::array::from_fn(running)),
+                    2 => add_tile::<L, 2>(&tile, q, width, &std::array::from_fn(running)),
+                    _ => add_tile::<L, 1>(&tile, q, width, &std::array::from_fn(running)),
+                }
             }
         }
     }
+}
 
-    #[test]
-    fn a_key_with_bias_minus_infinity_is_not_seen() {
-        let keys = [1.0, 2.0];
-        let values = [5.0, 7.0];
-        let bias = [f32::NEG_INFINITY, 0.0];
-        let run = KvRun { keys: &keys, values: &values, head_stride: 2, len: 2, bias: Some(&bias) };
-        let own = KvRun { bias: None, len: 1, ..run };
-        let hidden_first = SequenceQueries {
-            first_row: 0,
-            rows: 1,
-            shared: vec![KvRun { len: 1, bias: Some(&bias[..1]), ..run }, run],
-            own: vec![own],
-            own_before: 0,
+/// Room for a tile whose keys or values cannot be read in place.
+#[derive(Default)]
+struct Scratch {
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+/// The keys of a task, tile by tile.
+struct Tiles<'a> {
+    task: &'a Task<'a>,
+    heads: Heads,
+    /// Copy strided keys together: worth it when many queries read them.
+    gather: bool,
+    /// Tokens passed.
+    at: usize,
+}
+
+impl Tiles<'_> {
+    /// The next tile and the token it starts with.
+    fn next(&mut self, scratch: &mut Scratch) -> Option<(usize, Tile)> {
+        let start = self.at;
+        let len = TILE_KEYS.min(self.task.tokens - start);
+        if len == 0 {
+            return None;
+        }
+        self.at += len;
+        let per_run = self.task.runs[0].len.max(1);
+        let first = &self.task.runs[start / per_run];
+        let mut tile = Tile {
+            keys: [std::ptr::null(); TILE_VECTORS],
+            key_stride: first.key_stride,
+            values: [std::ptr::null(); TILE_VECTORS],
+            value_stride: self.heads.head_dim,
+            len,
+            bias: std::ptr::null(),
         };
-        let got = segment_attention(&[0.0], (1, 1, 1), 1.0, &[hidden_first]);
-        assert_eq!(got, [6.0]); // the mean of 7 (shared, visible) and 5 (own)
+        if let Some(bias) = first.bias {
+            // Only a cartridge has a bias, and a cartridge is one run.
+            tile.bias = bias[self.task.kv_head * first.len + start..][..len].as_ptr();
+        }
+        let mut in_place = self.heads.head_dim.is_multiple_of(KEY_LANES);
+        for (group, token) in (start..start + len).step_by(KEY_LANES).enumerate() {
+            let (run, within) = (&self.task.runs[token / per_run], token % per_run);
+            let key = self.task.kv_head * run.key_head_stride + within;
+            let last = key + (self.heads.head_dim - 1) * run.key_stride + KEY_LANES;
+            in_place &= last <= run.keys.len() && run.key_stride == tile.key_stride;
+            tile.keys[group] = run.keys[key..].as_ptr();
+            let value = self.task.kv_head * run.value_head_stride + within * self.heads.head_dim;
+            tile.values[group] = run.values[value..].as_ptr();
+        }
+        let strided = tile.key_stride > TILE_KEYS;
+        if !in_place || (self.gather && strided) {
+            self.copy(&mut tile, start, per_run, in_place, scratch);
+        }
+        Some((start, tile))
+    }
+
+    /// Replaces a tile by a copy in whole vectors, padded with zeroes.
+    fn copy(
+        &self,
+        tile: &mut Tile,
+        start: usize,
+        per_run: usize,
+        values_in_place: bool,
+        scratch: &mut Scratch,
+    ) {
+        let head_dim = self.heads.head_dim;
+        let width = head_dim.next_multiple_of(KEY_LANES);
+        scratch.keys.resize(head_dim * TILE_KEYS, 0.0);
+        scratch.values.resize(TILE_KEYS * width, 0.0);
+        for (group, token) in (start..start + tile.len).step_by(KEY_LANES).enumerate() {
+            let (run, within) = (&self.task.runs[token / per_run], token % per_run);
+            let len = KEY_LANES.min(start + tile.len - token);
+            let key = self.task.kv_head * run.key_head_stride + within;
+            for d in 0..head_dim {
+                let from = &run.keys[key + d * run.key_stride..][..len];
+                scratch.keys[d * TILE_KEYS + group * KEY_LANES..][..len].copy_from_slice(from);
+            }
+            tile.keys[group] = scratch.keys[group * KEY_LANES..].as_ptr();
+            if !values_in_place {
+                let value = self.task.kv_head * run.value_head_stride + within * head_dim;
+                for t in 0..len {
+                    let from = &run.values[value + t * head_dim..][..head_dim];
+                    let to = (group * KEY_LANES + t) * width;
+                    scratch.values[to..][..head_dim].copy_from_slice(from);
+                }
+                tile.values[group] = scratch.values[group * KEY_LANES * width..].as_ptr();
+            }
+        }
+        tile.key_stride = TILE_KEYS;
+        if !values_in_place {
+            tile.value_stride = width;
+        }
     }
 }

@@ -1,9 +1,15 @@
 //! Attention of new tokens over segments: cartridges first, then the sequence's own earlier tokens.
 //!
-//! Softmax is accumulated segment by segment with a running maximum and sum, which merges segments
-//! exactly (the log-sum-exp merge of Hydragen / cascade attention). No segment needs a page alignment,
-//! and none is copied next to another.
+//! Softmax is accumulated tile by tile with a running maximum and sum, which merges segments exactly (the
+//! log-sum-exp merge of Hydragen / cascade attention). No segment needs a page alignment, and none is
+//! copied next to another. Rows that share a cartridge are computed together, so that it is read once for
+//! all of them; what a row gets does not depend on the company it is computed in.
 
 mod cpu;
+mod tile;
 
-pub use cpu::{KvRun, SequenceQueries, segment_attention};
+pub use cpu::{Heads, KvRun, SequenceQueries, segment_attention};
+pub use tile::KEY_LANES;
+
+#[cfg(test)]
+mod tests;
