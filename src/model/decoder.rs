@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::ModelConfig;
-use crate::ops::{Linear, QuantizedMatrix, RopeTable, apply_rope, rms_norm, swiglu};
+use crate::ops::{Linear, Matrix, RopeTable, apply_rope, rms_norm, swiglu};
 
 /// What the decoder's queries attend to.
 pub trait Attend {
@@ -16,18 +16,12 @@ pub trait Attend {
 #[derive(Debug)]
 pub struct Decoder {
     pub(super) config: ModelConfig,
-    pub(super) embedding: Embedding,
+    /// `[vocab, hidden]`.
+    pub(super) embedding: Matrix,
     pub(super) layers: Vec<Layer>,
     pub(super) final_norm: Tensor,
     pub(super) head: Linear,
     pub(super) rope: RopeTable,
-}
-
-/// The token embedding table, dense `[vocab, hidden]` or block-quantised.
-#[derive(Debug)]
-pub(super) enum Embedding {
-    Dense(Tensor),
-    Quantized(QuantizedMatrix),
 }
 
 #[derive(Debug)]
@@ -69,7 +63,7 @@ impl Decoder {
             candle_core::bail!("token id {id} is outside the vocabulary");
         }
         let (cos, sin) = self.rope.angles(positions, self.device())?;
-        let mut hidden = self.embedding.lookup(&Tensor::new(tokens, self.device())?)?;
+        let mut hidden = self.embedding.rows(&Tensor::new(tokens, self.device())?)?;
         for (index, layer) in self.layers.iter().enumerate() {
             hidden = layer.forward(&self.config, index, &hidden, (&cos, &sin), attend)?;
         }
@@ -81,13 +75,11 @@ impl Decoder {
         self.head.forward(&rms_norm(hidden, &self.final_norm, self.config.rms_norm_eps)?)
     }
 
-    /// Bytes held by all weights; a head tied to a dense embedding is counted once.
+    /// Bytes held by all weights; a head tied to the embedding is counted once.
     pub fn weight_bytes(&self) -> u64 {
-        let dense = |t: &Tensor| (t.elem_count() * t.dtype().size_in_bytes()) as u64;
-        let embedding = match &self.embedding {
-            _ if self.config.tie_word_embeddings => 0,
-            Embedding::Dense(table) => dense(table),
-            Embedding::Quantized(table) => table.bytes(),
+        let embedding = match self.config.tie_word_embeddings {
+            true => 0, // the head's
+            false => self.embedding.bytes(),
         };
         let layers: u64 = self
             .layers
@@ -96,15 +88,6 @@ impl Decoder {
             .map(Linear::bytes)
             .sum();
         embedding + layers + self.head.bytes()
-    }
-}
-
-impl Embedding {
-    fn lookup(&self, ids: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Dense(table) => table.index_select(ids, 0),
-            Self::Quantized(table) => table.rows(ids),
-        }
     }
 }
 

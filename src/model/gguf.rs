@@ -11,9 +11,9 @@ use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{Device, Tensor};
 
 use super::config::{Biases, within_window};
-use super::weights::{Matrix, WeightReader};
+use super::weights::WeightReader;
 use super::{Architecture, ModelConfig, ModelError, gguf_tokenizer};
-use crate::ops::{QuantizedMatrix, RopeScaling};
+use crate::ops::{Matrix, RopeScaling};
 
 /// An open `.gguf` file.
 pub(super) struct GgufFile {
@@ -108,15 +108,15 @@ impl WeightReader for GgufFile {
         Ok(Some(match tensor.dtype() {
             GgmlDType::F32 | GgmlDType::F16 | GgmlDType::BF16 => {
                 let dense = tensor.dequantize(&Device::Cpu)?;
-                Matrix::Dense(match heads {
+                Matrix::dense(&match heads {
                     Some(heads) => deinterleave(&dense, heads)?,
                     None => dense,
-                })
+                })?
             }
-            _ => Matrix::Quantized(QuantizedMatrix::new(match heads {
+            _ => Matrix::quantized(match heads {
                 Some(heads) => deinterleave_blocks(&tensor, heads)?,
                 None => tensor,
-            })?),
+            })?,
         }))
     }
 

@@ -8,9 +8,10 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
-use super::decoder::{Decoder, Embedding, Layer};
+use super::decoder::{Decoder, Layer};
 use super::{ModelConfig, ModelError, Quantize};
-use crate::ops::{Linear, QuantizedMatrix, RopeTable};
+use crate::ops::memory::Pages;
+use crate::ops::{Linear, Matrix, RopeTable};
 
 /// Named weights, addressed as in a Hugging Face checkpoint (`model.layers.0.mlp.up_proj.weight`).
 pub(super) trait WeightReader {
@@ -20,29 +21,6 @@ pub(super) trait WeightReader {
     fn matrix(&self, name: &str, shape: (usize, usize)) -> Result<Option<Matrix>, ModelError>;
     /// Divisors of the rotary frequencies, `[head_dim / 2]`, where the file carries them.
     fn rope_divisors(&self) -> Result<Option<Vec<f32>>, ModelError>;
-}
-
-/// A weight matrix, in the form it is computed with.
-#[derive(Clone)]
-pub(super) enum Matrix {
-    Dense(Tensor),
-    Quantized(QuantizedMatrix),
-}
-
-impl Matrix {
-    fn into_linear(self, bias: Option<Tensor>) -> Linear {
-        match self {
-            Self::Dense(weight) => Linear::dense(weight, bias),
-            Self::Quantized(weight) => Linear::quantized(weight, bias),
-        }
-    }
-
-    fn into_embedding(self) -> Embedding {
-        match self {
-            Self::Dense(table) => Embedding::Dense(table),
-            Self::Quantized(table) => Embedding::Quantized(table),
-        }
-    }
 }
 
 /// Reads every weight the configuration asks for, checks its shape, and builds the decoder.
@@ -60,7 +38,7 @@ pub(super) fn build(config: ModelConfig, reader: &dyn WeightReader) -> Result<De
                 true => Some(vector(&bias_name, out)?),
                 false => reader.vector(&bias_name, out)?,
             };
-            Ok(matrix(&format!("{name}.weight"), (out, input))?.into_linear(bias))
+            Ok(Linear::new(matrix(&format!("{name}.weight"), (out, input))?, bias))
         };
     let embedding = matrix("model.embed_tokens.weight", (c.vocab_size, c.hidden_size))?;
     // Some files hold a tied head a second time: it is not read.
@@ -116,10 +94,10 @@ pub(super) fn build(config: ModelConfig, reader: &dyn WeightReader) -> Result<De
         rope.divide(&divisors);
     }
     Ok(Decoder {
-        embedding: embedding.into_embedding(),
+        embedding,
         layers,
         final_norm: vector("model.norm.weight", c.hidden_size)?,
-        head: head.into_linear(None),
+        head: Linear::new(head, None),
         rope,
         config,
     })
@@ -167,7 +145,12 @@ impl<'a> SafetensorsReader<'a> {
         Ok(Self { tensors, quantize })
     }
 
-    fn f32(&self, name: &str, shape: &[usize]) -> Result<Option<Vec<f32>>, ModelError> {
+    /// A tensor of this shape and of a type that can be read, and its file.
+    fn find(
+        &self,
+        name: &str,
+        shape: &[usize],
+    ) -> Result<Option<(&TensorView<'a>, &'a FileBytes)>, ModelError> {
         let Some((view, file)) = self.tensors.get(name) else { return Ok(None) };
         if view.shape() != shape {
             return Err(ModelError::WeightShape {
@@ -176,12 +159,26 @@ impl<'a> SafetensorsReader<'a> {
                 want: shape.to_vec(),
             });
         }
-        let values = to_f32(view).ok_or_else(|| ModelError::Unsupported {
-            file: name.to_owned(),
-            what: format!("weight type {:?}", view.dtype()),
-            hint: "weights must be F32, F16 or BF16".to_owned(),
-        })?;
-        release(file, view.data());
+        if !matches!(view.dtype(), Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            return Err(ModelError::Unsupported {
+                file: name.to_owned(),
+                what: format!("weight type {:?}", view.dtype()),
+                hint: "weights must be F32, F16 or BF16".to_owned(),
+            });
+        }
+        Ok(Some((view, file)))
+    }
+
+    fn f32(&self, name: &str, shape: &[usize]) -> Result<Option<Pages<f32>>, ModelError> {
+        /// Elements per parallel task.
+        const GRAIN: usize = 1 << 18;
+        let Some((view, file)) = self.find(name, shape)? else { return Ok(None) };
+        let (bytes, dtype) = (view.data(), view.dtype());
+        let mut values = Pages::zeroed(shape.iter().product());
+        let width = bytes.len().checked_div(values.len()).unwrap_or(1).max(1);
+        let parts = values.par_chunks_mut(GRAIN).zip(bytes.par_chunks(GRAIN * width));
+        parts.for_each(|(to, bytes)| convert(bytes, dtype, to));
+        release(file, bytes);
         Ok(Some(values))
     }
 }
@@ -189,7 +186,7 @@ impl<'a> SafetensorsReader<'a> {
 impl WeightReader for SafetensorsReader<'_> {
     fn vector(&self, name: &str, len: usize) -> Result<Option<Tensor>, ModelError> {
         let Some(values) = self.f32(name, &[len])? else { return Ok(None) };
-        Ok(Some(Tensor::from_vec(values, len, &Device::Cpu)?))
+        Ok(Some(Tensor::from_slice(&values, len, &Device::Cpu)?))
     }
 
     fn matrix(
@@ -197,17 +194,23 @@ impl WeightReader for SafetensorsReader<'_> {
         name: &str,
         (rows, columns): (usize, usize),
     ) -> Result<Option<Matrix>, ModelError> {
-        let Some(values) = self.f32(name, &[rows, columns])? else { return Ok(None) };
         let Some(quantize) = self.quantize else {
-            let dense = Tensor::from_vec(values, (rows, columns), &Device::Cpu)?;
-            return Ok(Some(Matrix::Dense(dense)));
+            let Some((view, file)) = self.find(name, &[rows, columns])? else { return Ok(None) };
+            let (bytes, dtype) = (view.data(), view.dtype());
+            let row_bytes = bytes.len() / rows.max(1);
+            let matrix = Matrix::from_rows(rows, columns, |rows, to| {
+                convert(&bytes[rows.start * row_bytes..rows.end * row_bytes], dtype, to);
+            });
+            release(file, bytes);
+            return Ok(Some(matrix));
         };
+        let Some(values) = self.f32(name, &[rows, columns])? else { return Ok(None) };
         let dtype = quantize.block_type(columns).ok_or_else(|| ModelError::Unsupported {
             file: name.to_owned(),
             what: format!("quantising rows of {columns} weights"),
             hint: "the width must be a multiple of 32; run without --quantize".to_owned(),
         })?;
-        Ok(Some(Matrix::Quantized(QuantizedMatrix::new(quantize_rows(&values, columns, dtype)?)?)))
+        Ok(Some(Matrix::quantized(quantize_rows(&values, columns, dtype)?)?))
     }
 
     fn rope_divisors(&self) -> Result<Option<Vec<f32>>, ModelError> {
@@ -229,58 +232,29 @@ fn quantize_rows(values: &[f32], columns: usize, dtype: GgmlDType) -> Result<QTe
     super::gguf::qtensor(parts.concat(), &[rows, columns], dtype)
 }
 
-/// `None` for a type that is not a float of 16 or 32 bits.
-fn to_f32(view: &TensorView<'_>) -> Option<Vec<f32>> {
-    /// Elements per parallel task.
-    const GRAIN: usize = 1 << 18;
-    let bytes = view.data();
-    let width = match view.dtype() {
-        Dtype::F32 => 4,
-        Dtype::F16 | Dtype::BF16 => 2,
-        _ => return None,
-    };
-    let mut out = zeroed(bytes.len() / width);
-    out.par_chunks_mut(GRAIN).zip(bytes.par_chunks(GRAIN * width)).for_each(|(out, bytes)| {
-        match view.dtype() {
-            Dtype::F32 => {
-                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                    *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+/// Little-endian numbers of a type that [`SafetensorsReader::find`] lets pass, as f32.
+fn convert(bytes: &[u8], dtype: Dtype, to: &mut [f32]) {
+    match dtype {
+        Dtype::F32 => {
+            for (o, b) in to.iter_mut().zip(bytes.chunks_exact(4)) {
+                *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            }
+        }
+        Dtype::BF16 => {
+            for (o, b) in to.iter_mut().zip(bytes.chunks_exact(2)) {
+                *o = f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
+            }
+        }
+        _ => match bytemuck::try_cast_slice::<u8, half::f16>(bytes) {
+            Ok(halves) => halves.convert_to_f32_slice(to),
+            // The header's length is free, so the data may lie at an odd address.
+            Err(_) => {
+                for (o, b) in to.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *o = half::f16::from_le_bytes([b[0], b[1]]).to_f32();
                 }
             }
-            Dtype::BF16 => {
-                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *o = f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
-                }
-            }
-            _ => match bytemuck::try_cast_slice::<u8, half::f16>(bytes) {
-                Ok(halves) => halves.convert_to_f32_slice(out),
-                // The header's length is free, so the data may lie at an odd address.
-                Err(_) => {
-                    for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                        *o = half::f16::from_le_bytes([b[0], b[1]]).to_f32();
-                    }
-                }
-            },
-        }
-    });
-    Some(out)
-}
-
-/// Zeroes, in huge pages where the system grants them: without, a quarter million page faults per GiB are
-/// the larger part of a load.
-fn zeroed(len: usize) -> Vec<f32> {
-    let out = vec![0f32; len];
-    #[cfg(target_os = "linux")]
-    {
-        const HUGE_PAGE: usize = 2 << 20;
-        let start = (out.as_ptr() as usize).next_multiple_of(HUGE_PAGE);
-        let end = out.as_ptr() as usize + len * size_of::<f32>();
-        if end > start {
-            // SAFETY: advice about whole pages inside a live allocation; it changes no content.
-            unsafe { libc::madvise(start as *mut _, end - start, libc::MADV_HUGEPAGE) };
-        }
+        },
     }
-    out
 }
 
 /// Gives the pages of converted file data back, so that a model never counts twice in memory.

@@ -6,14 +6,15 @@
 
 pub mod attention;
 mod linear;
-mod quantized;
+mod matrix;
+pub(crate) mod memory;
 mod rms_norm;
 mod rope;
-mod simd;
+pub(crate) mod simd;
 mod swiglu;
 
 pub use linear::Linear;
-pub use quantized::QuantizedMatrix;
+pub use matrix::Matrix;
 pub use rms_norm::rms_norm;
 pub use rope::{RopeScaling, RopeTable, apply_rope};
 pub use swiglu::swiglu;

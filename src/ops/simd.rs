@@ -218,10 +218,25 @@ mod x86 {
         }
     }
 
-    impl Avx2 {
-        #[inline(always)]
-        fn zip(self, other: Self, f: impl Fn(__m256, __m256) -> __m256) -> Self {
-            Self(f(self.0, other.0), f(self.1, other.1))
+    /// The same operation on both halves. A macro, since a closure would not be compiled for AVX2.
+    macro_rules! halves {
+        ($operation:ident, $a:expr, $b:expr) => {
+            unsafe { Avx2($operation($a.0, $b.0), $operation($a.1, $b.1)) }
+        };
+    }
+
+    /// In two steps, so that results below the smallest normal number are reached.
+    #[inline(always)]
+    unsafe fn scale_half(x: __m256, n: __m256) -> __m256 {
+        unsafe {
+            let n = _mm256_cvtps_epi32(n);
+            let half = _mm256_srai_epi32::<1>(n);
+            let rest = _mm256_sub_epi32(n, half);
+            let bias = _mm256_set1_epi32(127);
+            let half = _mm256_slli_epi32::<23>(_mm256_add_epi32(half, bias));
+            let rest = _mm256_slli_epi32::<23>(_mm256_add_epi32(rest, bias));
+            let x = _mm256_mul_ps(x, _mm256_castsi256_ps(half));
+            _mm256_mul_ps(x, _mm256_castsi256_ps(rest))
         }
     }
 
@@ -244,23 +259,23 @@ mod x86 {
         }
         #[inline(always)]
         fn add(self, other: Self) -> Self {
-            self.zip(other, |a, b| unsafe { _mm256_add_ps(a, b) })
+            halves!(_mm256_add_ps, self, other)
         }
         #[inline(always)]
         fn sub(self, other: Self) -> Self {
-            self.zip(other, |a, b| unsafe { _mm256_sub_ps(a, b) })
+            halves!(_mm256_sub_ps, self, other)
         }
         #[inline(always)]
         fn mul(self, other: Self) -> Self {
-            self.zip(other, |a, b| unsafe { _mm256_mul_ps(a, b) })
+            halves!(_mm256_mul_ps, self, other)
         }
         #[inline(always)]
         fn div(self, other: Self) -> Self {
-            self.zip(other, |a, b| unsafe { _mm256_div_ps(a, b) })
+            halves!(_mm256_div_ps, self, other)
         }
         #[inline(always)]
         fn max(self, other: Self) -> Self {
-            self.zip(other, |a, b| unsafe { _mm256_max_ps(a, b) })
+            halves!(_mm256_max_ps, self, other)
         }
         #[inline(always)]
         fn mul_add(self, factor: Self, addend: Self) -> Self {
@@ -278,16 +293,7 @@ mod x86 {
         }
         #[inline(always)]
         fn scale(self, n: Self) -> Self {
-            self.zip(n, |x, n| unsafe {
-                let power = |n: __m256i| {
-                    let biased = _mm256_add_epi32(n, _mm256_set1_epi32(127));
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
-                };
-                let n = _mm256_cvtps_epi32(n);
-                let half = _mm256_srai_epi32::<1>(n);
-                let rest = _mm256_sub_epi32(n, half);
-                _mm256_mul_ps(_mm256_mul_ps(x, power(half)), power(rest))
-            })
+            unsafe { Self(scale_half(self.0, n.0), scale_half(self.1, n.1)) }
         }
         #[inline(always)]
         fn to_array(self) -> [f32; 16] {

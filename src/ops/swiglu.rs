@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::contiguous_f32;
+use super::simd::{Lanes, dispatch};
 
 /// Elements per parallel task: below this the work is cheaper than handing it over.
 const GRAIN: usize = 8192;
@@ -33,13 +34,10 @@ impl CustomOp2 for SwiGlu {
             candle_core::bail!("swiglu: shapes differ, {:?} and {:?}", l1.dims(), l2.dims());
         }
         let mut out = vec![0f32; gate.len()];
-        out.par_chunks_mut(GRAIN).zip(gate.par_chunks(GRAIN)).zip(up.par_chunks(GRAIN)).for_each(
-            |((out, gate), up)| {
-                for ((o, g), u) in out.iter_mut().zip(gate).zip(up) {
-                    *o = g / (1.0 + (-g).exp()) * u;
-                }
-            },
-        );
+        out.par_chunks_mut(GRAIN)
+            .zip(gate.par_chunks(GRAIN))
+            .zip(up.par_chunks(GRAIN))
+            .for_each(|((out, gate), up)| activate(out, gate, up));
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
@@ -57,6 +55,29 @@ impl CustomOp2 for SwiGlu {
         let d_gate = ((grad * up)? * slope)?;
         Ok((Some(d_gate), Some(d_up)))
     }
+}
+
+fn activate(out: &mut [f32], gate: &[f32], up: &[f32]) {
+    dispatch!(activate_with(out: &mut [f32], gate: &[f32], up: &[f32]))
+}
+
+#[inline(always)]
+fn activate_with<L: Lanes>(out: &mut [f32], gate: &[f32], up: &[f32]) {
+    let mut out = out.chunks_exact_mut(16);
+    let (mut gate, mut up) = (gate.chunks_exact(16), up.chunks_exact(16));
+    for ((out, gate), up) in out.by_ref().zip(gate.by_ref()).zip(up.by_ref()) {
+        // SAFETY: chunks of 16.
+        unsafe { activated(L::load(gate.as_ptr()), L::load(up.as_ptr())).store(out.as_mut_ptr()) };
+    }
+    let rest = gate.remainder().iter().zip(up.remainder());
+    for (out, (gate, up)) in out.into_remainder().iter_mut().zip(rest) {
+        *out = activated(L::splat(*gate), L::splat(*up)).to_array()[0];
+    }
+}
+
+#[inline(always)]
+fn activated<L: Lanes>(gate: L, up: L) -> L {
+    gate.div(L::splat(1.0).add(L::splat(0.0).sub(gate).exp())).mul(up)
 }
 
 #[cfg(test)]

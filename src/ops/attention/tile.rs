@@ -111,11 +111,14 @@ unsafe fn scores<L: Lanes, const N: usize, const K: usize>(
         let mut sums = [[L::splat(0.0); K]; N];
         let keys: [*const f32; K] = std::array::from_fn(|k| tile.keys[vector + k]);
         for (d, q) in q.chunks_exact(N).enumerate() {
-            let keys: [L; K] = std::array::from_fn(|k| L::load(keys[k].add(d * tile.key_stride)));
+            let mut lanes = [L::splat(0.0); K];
+            for k in 0..K {
+                lanes[k] = L::load(keys[k].add(d * tile.key_stride));
+            }
             for n in 0..N {
                 let q = L::splat(q[n]);
                 for k in 0..K {
-                    sums[n][k] = q.mul_add(keys[k], sums[n][k]);
+                    sums[n][k] = q.mul_add(lanes[k], sums[n][k]);
                 }
             }
         }
@@ -185,9 +188,10 @@ unsafe fn add_values<L: Lanes, const N: usize, const D: usize>(
         for start in (0..visible).step_by(KEY_LANES) {
             let values = tile.values[start / KEY_LANES].add(at);
             for t in 0..KEY_LANES.min(visible - start) {
-                let value: [L; D] = std::array::from_fn(|d| {
-                    L::load(values.add(t * tile.value_stride + d * KEY_LANES))
-                });
+                let mut value = [L::splat(0.0); D];
+                for d in 0..D {
+                    value[d] = L::load(values.add(t * tile.value_stride + d * KEY_LANES));
+                }
                 for n in 0..N {
                     let weight = L::splat(weights[n][start + t]);
                     for d in 0..D {

@@ -10,9 +10,9 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::activations::{BLOCK, CHUNK_TOKENS, Chunk, quantize};
+use super::{LANES, Output, for_tiles};
+use crate::ops::memory::Pages;
 
-/// Outputs per tile: the f32 lanes of a vector.
-const LANES: usize = 16;
 /// Vectors of weights per block of a tile.
 const VECTORS: usize = BLOCK / 4;
 /// Bytes of a Q8_0 block in a file: a scale and its weights.
@@ -25,15 +25,18 @@ const GROUP_BYTES: usize = 512 << 10;
 #[repr(C, align(64))]
 struct Vector([[u8; 4]; LANES]);
 
+/// One block's scales, as the bits of f16.
+type Scales = [u16; LANES];
+
 /// A matrix `[out, in]` in tiles.
 #[derive(Debug)]
 pub(super) struct PackedQ8 {
     out: usize,
     input: usize,
     /// `[tiles, in / 32, 8]`.
-    weights: Vec<Vector>,
+    weights: Pages<Vector>,
     /// `[tiles, in / 32]`.
-    scales: Vec<[f16; LANES]>,
+    scales: Pages<Scales>,
 }
 
 impl PackedQ8 {
@@ -54,9 +57,9 @@ impl PackedQ8 {
             bail!("{} bytes are no Q8_0 matrix of [{out}, {input}]", bytes.len());
         }
         let (tiles, blocks) = (out.div_ceil(LANES), input / BLOCK);
-        let zero = Vector([[0x80; 4]; LANES]);
-        let mut weights = vec![zero; tiles * blocks * VECTORS];
-        let mut scales = vec![[f16::ZERO; LANES]; tiles * blocks];
+        // Outputs that do not exist have a scale of zero, so their weights do not matter.
+        let mut weights = Pages::<Vector>::zeroed(tiles * blocks * VECTORS);
+        let mut scales = Pages::<Scales>::zeroed(tiles * blocks);
         weights
             .par_chunks_exact_mut(blocks * VECTORS)
             .zip(scales.par_chunks_exact_mut(blocks))
@@ -65,7 +68,7 @@ impl PackedQ8 {
                 for (lane, row) in rows.chunks_exact(row_bytes).enumerate() {
                     for (b, block) in row.chunks_exact(FILE_BLOCK_BYTES).enumerate() {
                         let (scale, quants) = block.split_at(2);
-                        scales[b][lane] = f16::from_le_bytes([scale[0], scale[1]]);
+                        scales[b][lane] = u16::from_le_bytes([scale[0], scale[1]]);
                         for (v, four) in quants.chunks_exact(4).enumerate() {
                             weights[b * VECTORS + v].0[lane] =
                                 std::array::from_fn(|i| four[i] ^ 0x80);
@@ -76,30 +79,23 @@ impl PackedQ8 {
         Ok(Self { out, input, weights, scales })
     }
 
-    pub fn out(&self) -> usize {
-        self.out
-    }
-
-    pub fn input(&self) -> usize {
-        self.input
+    pub fn dims(&self) -> (usize, usize) {
+        (self.out, self.input)
     }
 
     pub fn bytes(&self) -> u64 {
         (size_of_val(&self.weights[..]) + size_of_val(&self.scales[..])) as u64
     }
 
-    /// Rows `ids` in f32, one after the other.
-    pub fn rows(&self, ids: &[u32]) -> Result<Vec<f32>> {
-        if let Some(id) = ids.iter().find(|id| **id as usize >= self.out) {
-            bail!("row {id} of a matrix with {}", self.out);
-        }
+    /// Rows `ids` in f32, one after the other. Each must exist.
+    pub fn rows(&self, ids: &[u32]) -> Vec<f32> {
         let blocks = self.input / BLOCK;
         let mut rows = vec![0f32; ids.len() * self.input];
         rows.par_chunks_mut(self.input).zip(ids).for_each(|(row, id)| {
             let (tile, lane) = (*id as usize / LANES, *id as usize % LANES);
             for (b, values) in row.chunks_exact_mut(BLOCK).enumerate() {
                 let block = tile * blocks + b;
-                let scale = self.scales[block][lane].to_f32();
+                let scale = f16::from_bits(self.scales[block][lane]).to_f32();
                 let vectors = &self.weights[block * VECTORS..][..VECTORS];
                 for (values, vector) in values.chunks_exact_mut(4).zip(vectors) {
                     for (value, quant) in values.iter_mut().zip(vector.0[lane]) {
@@ -108,7 +104,7 @@ impl PackedQ8 {
                 }
             }
         });
-        Ok(rows)
+        rows
     }
 
     /// `x · weightᵀ` for `x` `[tokens, in]`: `[tokens, out]`. Needs [`Self::is_supported`].
@@ -118,13 +114,11 @@ impl PackedQ8 {
         let blocks = self.input / BLOCK;
         let tiles = self.out.div_ceil(LANES);
         let mut result = vec![0f32; tokens * self.out];
-        let output = Output { start: result.as_mut_ptr(), width: self.out };
-        let in_cache = (GROUP_BYTES / (self.input * LANES)).max(1);
-        let shared_out = tiles.div_ceil(rayon::current_num_threads() * 4);
-        let group = in_cache.min(shared_out);
-        (0..tiles.div_ceil(group)).into_par_iter().for_each(|index| {
+        let output = Output::new(&mut result, self.out);
+        let in_cache = GROUP_BYTES / (self.input * LANES);
+        for_tiles(tiles, in_cache, tokens * self.out * self.input, |range| {
             for (c, chunk) in chunks.iter().enumerate() {
-                for tile in index * group..((index + 1) * group).min(tiles) {
+                for tile in range.clone() {
                     let weights = &self.weights[tile * blocks * VECTORS..][..blocks * VECTORS];
                     let scales = &self.scales[tile * blocks..][..blocks];
                     let sums = tile_product(weights, scales, chunk);
@@ -139,33 +133,10 @@ impl PackedQ8 {
     }
 }
 
-/// The result `[tokens, width]`, written in tiles by several threads.
-#[derive(Clone, Copy)]
-struct Output {
-    start: *mut f32,
-    width: usize,
-}
-
-// SAFETY: `write` asks its caller that no two threads write the same place.
-unsafe impl Sync for Output {}
-
-impl Output {
-    /// # Safety
-    /// The row must exist, and no other thread may write these columns of it.
-    unsafe fn write(&self, row: usize, column: usize, sums: &[f32; LANES]) {
-        let len = LANES.min(self.width - column);
-        // SAFETY: `column + len <= width`, the rest is the caller's promise.
-        unsafe {
-            let to = self.start.add(row * self.width + column);
-            std::ptr::copy_nonoverlapping(sums.as_ptr(), to, len);
-        }
-    }
-}
-
 /// One tile with one chunk of tokens: per token the sixteen outputs.
 fn tile_product(
     weights: &[Vector],
-    scales: &[[f16; LANES]],
+    scales: &[Scales],
     chunk: &Chunk,
 ) -> [[f32; LANES]; CHUNK_TOKENS] {
     #[cfg(target_arch = "x86_64")]
@@ -194,14 +165,13 @@ fn tile_product(
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::*;
-    use std::array::from_fn;
 
-    use super::{CHUNK_TOKENS, Chunk, LANES, VECTORS, Vector, f16};
+    use super::{CHUNK_TOKENS, Chunk, LANES, Scales, VECTORS, Vector};
 
     #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
     pub(super) fn tile_product<const TOKENS: usize>(
         weights: &[Vector],
-        scales: &[[f16; LANES]],
+        scales: &[Scales],
         chunk: &Chunk,
         out: &mut [[f32; LANES]; CHUNK_TOKENS],
     ) {
@@ -210,7 +180,10 @@ mod avx512 {
         let words = chunk.words.chunks_exact(TOKENS);
         let numbers = chunk.scales.chunks_exact(TOKENS).zip(chunk.offsets.chunks_exact(TOKENS));
         for (((weights, scale), words), (x_scales, offsets)) in blocks.zip(words).zip(numbers) {
-            let mut dots: [__m512i; TOKENS] = from_fn(|t| _mm512_set1_epi32(offsets[t]));
+            let mut dots = [_mm512_setzero_si512(); TOKENS];
+            for t in 0..TOKENS {
+                dots[t] = _mm512_set1_epi32(offsets[t]);
+            }
             for (v, weights) in weights.iter().enumerate() {
                 // SAFETY: 64 aligned bytes.
                 let weights = unsafe { _mm512_load_si512((&raw const *weights).cast()) };
@@ -250,11 +223,10 @@ mod tests {
         for (out, input) in [(1, 32), (16, 64), (37, 96)] {
             let (packed, dense) = matrix(out, input)?;
             let ids: Vec<u32> = (0..out as u32).rev().collect();
-            let rows = packed.rows(&ids)?;
+            let rows = packed.rows(&ids);
             for (row, id) in rows.chunks_exact(input).zip(ids) {
                 assert_eq!(row, dense[id as usize]);
             }
-            assert!(packed.rows(&[out as u32]).is_err());
         }
         assert!(PackedQ8::new(&[0; 34], (1, 48)).is_err());
         Ok(())

@@ -1,0 +1,223 @@
+//! Frozen weight matrices, and products with them.
+//!
+//! On the CPU a matrix is laid out for kernels of our own as it is loaded: f32 everywhere, Q8_0 on
+//! processors with AVX-512 VNNI. Other block formats, and other devices, are candle's.
+//!
+//! What a kernel computes for a token has the same bits in any batch.
+
+mod activations;
+mod packed_f32;
+mod q8_0;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor,
+};
+
+use super::{contiguous_f32, with_f32};
+use packed_f32::PackedF32;
+use q8_0::PackedQ8;
+
+/// Outputs per tile: the f32 lanes of a vector.
+const LANES: usize = 16;
+
+/// A frozen matrix `[out, in]`. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Matrix(Arc<Form>);
+
+#[derive(Debug)]
+enum Form {
+    F32(PackedF32),
+    Q8(PackedQ8),
+    /// Blocks as candle holds them.
+    Ggml(QTensor),
+    /// On another device, or of another type.
+    Dense(Tensor),
+}
+
+impl Matrix {
+    /// From a dense tensor `[out, in]`.
+    pub fn dense(tensor: &Tensor) -> Result<Self> {
+        if !tensor.device().is_cpu() || tensor.dtype() != DType::F32 {
+            return Ok(Self(Arc::new(Form::Dense(tensor.clone()))));
+        }
+        let (out, input) = tensor.dims2()?;
+        with_f32(tensor, |values| {
+            let rows = |rows: Range<usize>, to: &mut [f32]| {
+                to.copy_from_slice(&values[rows.start * input..rows.end * input]);
+            };
+            Ok(Self::from_rows(out, input, rows))
+        })
+    }
+
+    /// An f32 matrix on the CPU whose rows `fill` writes: some of them at a time, on several threads, so
+    /// that a file is converted without a second copy of it in memory.
+    pub fn from_rows(
+        out: usize,
+        input: usize,
+        fill: impl Fn(Range<usize>, &mut [f32]) + Sync,
+    ) -> Self {
+        Self(Arc::new(Form::F32(PackedF32::new(out, input, fill))))
+    }
+
+    /// From blocks of any GGML type that candle multiplies, `[out, in]`.
+    pub fn quantized(tensor: QTensor) -> Result<Self> {
+        let form = match tensor.dtype() {
+            GgmlDType::Q8_0 if tensor.device().is_cpu() && PackedQ8::is_supported() => {
+                Form::Q8(PackedQ8::new(&tensor.data()?, tensor.shape().dims2()?)?)
+            }
+            _ => Form::Ggml(tensor),
+        };
+        Ok(Self(Arc::new(form)))
+    }
+
+    /// `x · weightᵀ` for `x` `[tokens, in]`: `[tokens, out]`. The gradient passes to `x`. With quantised
+    /// weights the activations are rounded to the 8 bits of the format's products; the gradient is that of
+    /// the product without this rounding.
+    pub fn product(&self, x: &Tensor) -> Result<Tensor> {
+        match &*self.0 {
+            Form::Dense(weight) => x.matmul(&weight.t()?),
+            _ => x.contiguous()?.apply_op1(Product(self.clone())),
+        }
+    }
+
+    /// Rows `ids` in f32, `[ids, in]`: an embedding lookup. A row that is not there is an error.
+    pub fn rows(&self, ids: &Tensor) -> Result<Tensor> {
+        let (out, input) = self.dims()?;
+        let checked = || {
+            let ids = ids.to_vec1::<u32>()?;
+            match ids.iter().find(|id| **id as usize >= out) {
+                Some(id) => candle_core::bail!("row {id} of a matrix with {out}"),
+                None => Ok(ids),
+            }
+        };
+        let (ids, values) = match &*self.0 {
+            Form::F32(packed) => checked().map(|ids| (ids.len(), packed.rows(&ids)))?,
+            Form::Q8(packed) => checked().map(|ids| (ids.len(), packed.rows(&ids)))?,
+            Form::Ggml(tensor) => return tensor.embedding(ids),
+            Form::Dense(tensor) => return tensor.index_select(ids, 0),
+        };
+        Tensor::from_vec(values, (ids, input), &Device::Cpu)
+    }
+
+    /// The whole matrix in f32, `[out, in]`: a copy.
+    pub fn to_dense(&self, device: &Device) -> Result<Tensor> {
+        match &*self.0 {
+            Form::Ggml(tensor) => tensor.dequantize(device),
+            Form::Dense(tensor) => tensor.to_device(device)?.to_dtype(DType::F32),
+            Form::F32(_) | Form::Q8(_) => {
+                let all: Vec<u32> = (0..self.dims()?.0 as u32).collect();
+                self.rows(&Tensor::new(all, &Device::Cpu)?)?.to_device(device)
+            }
+        }
+    }
+
+    /// `(out, in)`.
+    pub fn dims(&self) -> Result<(usize, usize)> {
+        match &*self.0 {
+            Form::F32(packed) => Ok(packed.dims()),
+            Form::Q8(packed) => Ok(packed.dims()),
+            Form::Ggml(tensor) => tensor.shape().dims2(),
+            Form::Dense(tensor) => tensor.dims2(),
+        }
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> u64 {
+        match &*self.0 {
+            Form::F32(packed) => packed.bytes(),
+            Form::Q8(packed) => packed.bytes(),
+            Form::Ggml(tensor) => tensor.storage_size_in_bytes() as u64,
+            Form::Dense(tensor) => (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64,
+        }
+    }
+}
+
+/// A product with the backward that candle's quantised one lacks.
+struct Product(Matrix);
+
+impl CustomOp1 for Product {
+    fn name(&self) -> &'static str {
+        "product"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        if let Form::Ggml(tensor) = &*self.0.0 {
+            return tensor.cpu_fwd(storage, layout);
+        }
+        let x = contiguous_f32(self.name(), storage, layout)?;
+        let (tokens, width) = layout.shape().dims2()?;
+        let (out, input) = self.0.dims()?;
+        if width != input {
+            candle_core::bail!("product: [{tokens}, {width}] with weights [{out}, {input}]");
+        }
+        let y = match &*self.0.0 {
+            Form::F32(packed) => packed.product(x),
+            Form::Q8(packed) => packed.product(x),
+            Form::Ggml(_) | Form::Dense(_) => candle_core::bail!("product: weights not laid out"),
+        };
+        Ok((CpuStorage::F32(y), Shape::from((tokens, out))))
+    }
+
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        match &*self.0.0 {
+            Form::Ggml(tensor) => tensor.cuda_fwd(storage, layout),
+            _ => candle_core::bail!("product: these weights lie on the CPU"),
+        }
+    }
+
+    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        // Dense for the length of this product only: the frozen weight stays as it is.
+        Ok(Some(grad.contiguous()?.matmul(&self.0.to_dense(x.device())?)?))
+    }
+}
+
+/// The result `[tokens, width]` of a product, written in tiles by several threads.
+#[derive(Clone, Copy)]
+struct Output {
+    start: *mut f32,
+    width: usize,
+}
+
+// SAFETY: `write` asks its caller that no two threads write the same place.
+unsafe impl Sync for Output {}
+
+impl Output {
+    fn new(values: &mut [f32], width: usize) -> Self {
+        Self { start: values.as_mut_ptr(), width }
+    }
+
+    /// # Safety
+    /// The row must exist, and no other thread may write these columns of it.
+    unsafe fn write(&self, row: usize, column: usize, sums: &[f32; LANES]) {
+        let len = LANES.min(self.width - column);
+        // SAFETY: `column + len <= width`, the rest is the caller's promise.
+        unsafe {
+            let to = self.start.add(row * self.width + column);
+            std::ptr::copy_nonoverlapping(sums.as_ptr(), to, len);
+        }
+    }
+}
+
+/// Calls `f` with ranges that cover `0..tiles`, on several threads where the work is worth it. A range has
+/// at most `most` tiles; `work` is the number of multiply-adds in all.
+fn for_tiles(tiles: usize, most: usize, work: usize, f: impl Fn(Range<usize>) + Sync) {
+    use rayon::prelude::*;
+    /// Below this, handing work to another thread costs more than doing it.
+    const SERIAL_WORK: usize = 1 << 16;
+    let threads = if work < SERIAL_WORK { 1 } else { rayon::current_num_threads() };
+    // Large products in more parts than threads, so that none waits long for a slower one.
+    let parts = if work < 64 * SERIAL_WORK { threads } else { 4 * threads };
+    let len = tiles.div_ceil(parts).clamp(1, most.max(1));
+    let range = |i: usize| i * len..((i + 1) * len).min(tiles);
+    match threads {
+        1 => (0..tiles.div_ceil(len)).for_each(|i| f(range(i))),
+        _ => (0..tiles.div_ceil(len)).into_par_iter().for_each(|i| f(range(i))),
+    }
+}
+
+#[cfg(test)]
+mod tests;

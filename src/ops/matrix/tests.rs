@@ -1,0 +1,64 @@
+//! Products against candle's own, and what they promise about batches and gradients.
+
+use super::*;
+use crate::ops::tests::assert_close;
+use candle_core::Var;
+
+fn randn(rows: usize, columns: usize) -> Result<Tensor> {
+    Tensor::randn(0f32, 1f32, (rows, columns), &Device::Cpu)
+}
+
+#[test]
+fn a_dense_product_and_its_gradient_equal_candles() -> Result<()> {
+    for (out, input) in [(1, 1), (16, 7), (33, 64), (200, 1000)] {
+        let weight = randn(out, input)?;
+        let matrix = Matrix::dense(&weight)?;
+        assert_eq!(matrix.to_dense(&Device::Cpu)?.to_vec2::<f32>()?, weight.to_vec2::<f32>()?);
+        let x = Var::from_tensor(&randn(21, input)?)?;
+        let up = randn(21, out)?;
+        let theirs = x.matmul(&weight.t()?)?;
+        assert_close(&matrix.product(&x)?, &theirs, 1e-3);
+        let ours = (matrix.product(&x)? * &up)?.sum_all()?.backward()?;
+        let theirs = (theirs * &up)?.sum_all()?.backward()?;
+        assert_close(ours.get(&x).unwrap(), theirs.get(&x).unwrap(), 1e-3);
+    }
+    Ok(())
+}
+
+#[test]
+fn gradient_passes_through_quantised_weights() -> Result<()> {
+    for dtype in [GgmlDType::Q8_0, GgmlDType::Q4_0] {
+        let matrix = Matrix::quantized(QTensor::quantize(&randn(24, 64)?, dtype)?)?;
+        let x = Var::from_tensor(&randn(5, 64)?)?;
+        let up = randn(5, 24)?;
+        let ours = (matrix.product(&x)? * &up)?.sum_all()?.backward()?;
+        let dense = Matrix::dense(&matrix.to_dense(&Device::Cpu)?)?;
+        let theirs = (dense.product(&x)? * &up)?.sum_all()?.backward()?;
+        assert_close(ours.get(&x).unwrap(), theirs.get(&x).unwrap(), 1e-4);
+    }
+    Ok(())
+}
+
+/// What invariant 9 rests on.
+#[test]
+fn a_token_gets_the_same_bits_in_any_batch() -> Result<()> {
+    for (input, out) in [(3, 5), (32, 64), (64, 128), (256, 512), (1000, 130), (2048, 256)] {
+        let matrix = Matrix::dense(&randn(out, input)?)?;
+        let x = randn(70, input)?;
+        let all = matrix.product(&x)?.to_vec2::<f32>()?;
+        for rows in [1, 2, 3, 7, 8, 9, 16, 33, 65] {
+            let part = matrix.product(&x.narrow(0, 70 - rows, rows)?)?.to_vec2::<f32>()?;
+            assert_eq!(part, all[70 - rows..], "{rows} rows of {input} to {out}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_row_that_is_not_there_is_an_error() -> Result<()> {
+    let ids = Tensor::new(&[0u32, 3], &Device::Cpu)?;
+    let matrix = Matrix::dense(&randn(3, 4)?)?;
+    assert!(matrix.rows(&ids).unwrap_err().to_string().contains("row 3"));
+    assert!(matrix.product(&randn(1, 5)?).is_err());
+    Ok(())
+}
