@@ -1,0 +1,1 @@
+//! Rules of the scheduler, one by one. What holds for all of them together is in `simulator.rs`.
