@@ -5,6 +5,8 @@
 
 mod blocks;
 mod core;
+#[cfg(test)]
+mod core_tests;
 mod handle;
 mod kv_cache;
 mod logprobs;

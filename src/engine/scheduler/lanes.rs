@@ -48,10 +48,10 @@ impl Lanes {
         }
     }
 
-    /// Lanes that exist.
+    /// The lanes in which somebody waits.
     #[cfg(test)]
-    pub fn len(&self) -> usize {
+    pub fn waiting(&self) -> Vec<LaneId> {
         assert_eq!(self.ring.len(), self.lanes.len());
-        self.ring.len()
+        self.ring.iter().copied().collect()
     }
 }

@@ -233,6 +233,11 @@ impl Scheduler {
     /// Forgets a sequence, wherever it stands. Its blocks are the caller's to give back.
     pub fn remove(&mut self, id: SequenceId) {
         let Some(entry) = self.entries.remove(&id) else { return };
+        // First, so that the request keeps its lane's turn.
+        match entry.computed >= entry.prompt {
+            true => self.release_group(entry.group, id),
+            false => self.replace_leader(entry.group, id),
+        }
         match entry.place {
             Place::Held => {
                 if let Some(group) = self.groups.get_mut(&entry.group) {
@@ -245,12 +250,6 @@ impl Scheduler {
             Place::Waiting => self.lanes(entry.seniority.priority).remove(entry.lane, id),
             Place::Running => drop(self.running.remove(&entry.seniority)),
             Place::Preempted => drop(self.preempted.remove(&entry.seniority)),
-        }
-        if entry.place != Place::Held {
-            match entry.computed >= entry.prompt {
-                true => self.release_group(entry.group, id),
-                false => self.replace_leader(entry.group, id),
-            }
         }
     }
 
@@ -381,5 +380,20 @@ impl Scheduler {
             Priority::Interactive => &mut self.interactive,
             Priority::Batch => &mut self.batch,
         }
+    }
+
+    /// The lanes in which newcomers wait, for tests.
+    #[cfg(test)]
+    pub fn waiting_lanes(&self, priority: Priority) -> Vec<LaneId> {
+        match priority {
+            Priority::Interactive => self.interactive.waiting(),
+            Priority::Batch => self.batch.waiting(),
+        }
+    }
+
+    /// What a sequence counts as, for tests.
+    #[cfg(test)]
+    pub fn priority(&self, id: SequenceId) -> Option<Priority> {
+        self.entries.get(&id).map(|entry| entry.seniority.priority)
     }
 }
