@@ -34,9 +34,11 @@ pub const MAX_MESSAGES: usize = 4096;
 pub const MAX_PROMPTS: usize = 256;
 /// Sequences (choices of requests) waiting for the engine; a request over it is answered with 429.
 pub const DEFAULT_MAX_QUEUED_SEQUENCES: usize = 1024;
-/// Prompt tokens (times `n`) waiting for the engine; a request over it is answered with 429.
+/// Prompt tokens (times `n`) waiting for the engine; a request over it is answered with 429, unless nobody
+/// else waits.
 pub const DEFAULT_MAX_QUEUED_TOKENS: usize = 1 << 20;
-/// Events (tokens, mostly) one request may leave unread; past it the reader is too slow and is cancelled.
+/// Events (mostly tokens, of all choices together) one request may leave unread; past it the reader is too
+/// slow and its request is ended with an error.
 pub const DEFAULT_MAX_UNREAD_EVENTS: usize = 16_384;
 /// Sequences (choices) decoded in one step.
 pub const DEFAULT_MAX_RUNNING_SEQUENCES: usize = 64;

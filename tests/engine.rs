@@ -1,14 +1,16 @@
 //! The engine as callers see it: continuations, log-probabilities, batches, cancellation, refusals.
 
 mod common;
+mod engine_support;
 
 use candle_core::{Device, Tensor};
 use cartouche::cartridge::{Cartridge, LayerKv, Lease, Provenance};
 use cartouche::engine::{
-    EngineError, EngineHandle, EngineOptions, EngineStats, Event, FinishReason, GenerateRequest,
-    LogprobOptions, SampledToken, SamplingParams, TokenStream, start,
+    EngineError, EngineHandle, EngineOptions, Event, FinishReason, GenerateRequest, LogprobOptions,
+    SampledToken,
 };
 use common::ModelFixture;
+use engine_support::{Outcome, collect, greedy, kv_bytes, start_engine, wait_until};
 
 /// Small steps and few sequences, so that prompts are cut and requests queue.
 fn engine(fixture: &ModelFixture, max_running: usize, prefill: usize) -> EngineHandle {
@@ -28,47 +30,7 @@ fn engine_with_kv(
         max_queued_sequences: 64,
         ..EngineOptions::default()
     };
-    start(fixture.decoder(), &options).unwrap().0
-}
-
-fn greedy(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
-    GenerateRequest {
-        prompt: prompt.to_vec(),
-        cartridges: vec![],
-        n: 1,
-        sampling: SamplingParams { temperature: 0.0, max_tokens, ..SamplingParams::default() },
-        stop_token_ids: vec![],
-        logprobs: LogprobOptions::default(),
-        priority: Default::default(),
-    }
-}
-
-/// What a stream yields, per choice, once it has ended.
-#[derive(Debug, Default, PartialEq)]
-struct Outcome {
-    prompt: Vec<Option<SampledToken>>,
-    tokens: Vec<Vec<SampledToken>>,
-    reasons: Vec<Option<FinishReason>>,
-}
-
-impl Outcome {
-    fn ids(&self, choice: usize) -> Vec<u32> {
-        self.tokens[choice].iter().map(|t| t.id).collect()
-    }
-}
-
-fn collect(mut stream: TokenStream, n: usize) -> Result<Outcome, EngineError> {
-    let mut outcome =
-        Outcome { tokens: vec![vec![]; n], reasons: vec![None; n], ..Outcome::default() };
-    while let Some(event) = stream.blocking_next() {
-        match event {
-            Event::PromptDone { logprobs, .. } => outcome.prompt = logprobs,
-            Event::Token { choice, token } => outcome.tokens[choice].push(token),
-            Event::Finished { choice, reason } => outcome.reasons[choice] = Some(reason),
-            Event::Failed(error) => return Err(error),
-        }
-    }
-    Ok(outcome)
+    start_engine(fixture, &options)
 }
 
 #[test]
@@ -256,7 +218,7 @@ fn a_full_queue_refuses_and_recovers() {
         max_queued_sequences: 3,
         ..EngineOptions::default()
     };
-    let engine = start(fixture.decoder(), &options).unwrap().0;
+    let engine = start_engine(fixture, &options);
     let mut accepted = Vec::new();
     let refused = loop {
         match engine.submit(greedy(&[1, 2, 3], 40)) {
@@ -270,12 +232,6 @@ fn a_full_queue_refuses_and_recovers() {
         assert_eq!(collect(stream, 1).unwrap().tokens[0].len(), 40);
     }
     assert!(engine.submit(greedy(&[1, 2, 3], 4)).is_ok());
-}
-
-/// KV bytes of `blocks` blocks for a fixture.
-fn kv_bytes(fixture: &ModelFixture, blocks: u64) -> u64 {
-    let shape = fixture.decoder().config().kv_shape();
-    blocks * 16 * (2 * 4 * shape.layers * shape.kv_heads * shape.head_dim) as u64
 }
 
 #[test]
@@ -299,16 +255,6 @@ fn preempted_sequences_go_on_with_the_same_tokens() {
         assert!(got.prompt.is_empty() || got.prompt.len() == prompt_len);
     }
     wait_until(&engine, |stats| stats.used_blocks == 0 && stats.running == 0);
-}
-
-fn wait_until(engine: &EngineHandle, done: impl Fn(EngineStats) -> bool) {
-    for _ in 0..400 {
-        if done(engine.stats()) {
-            return;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-    panic!("never reached: {:?}", engine.stats());
 }
 
 /// Clients that set no limit may fill the context; that must not make them run one after the other.
@@ -393,7 +339,7 @@ fn cancelled_waiting_requests_leave_the_queue() {
         max_queued_sequences: 4,
         ..EngineOptions::default()
     };
-    let engine = start(fixture.decoder(), &options).unwrap().0;
+    let engine = start_engine(fixture, &options);
     for _ in 0..20 {
         let mut running = engine.submit(greedy(&[1, 2, 3], 100)).unwrap();
         assert!(matches!(running.blocking_next(), Some(Event::PromptDone { .. })));

@@ -1,159 +1,128 @@
 //! The engine thread: take requests in, plan a step, run the model, hand tokens out.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
-use std::thread::JoinHandle;
 
 use candle_core::{D, Tensor};
 
-use super::blocks::{BLOCK_TOKENS, BlockPool, blocks_for};
-use super::handle::{EngineHandle, EngineInfo, Gauges, Submission};
+use super::blocks::{BLOCK_TOKENS, BlockPool};
+use super::handle::{Shared, Submission};
 use super::kv_cache::{BatchEntry, KvCache, PagedAttention};
-use super::scheduler::{Plan, Scheduler, SchedulerLimits, SequenceId};
+use super::prefix_cache::{ContextKey, Root};
+use super::scheduler::{Arrival, Memory, Plan, Scheduler, SchedulerLimits, SequenceId};
 use super::sequence::{ActiveRequest, Sequence};
+use super::startup::EngineOptions;
 use super::{EngineError, Event};
-use crate::limits;
 use crate::model::Decoder;
 
 /// Rows of logits `[rows, vocab]` held at once while scoring a prompt.
 const PROMPT_LOGIT_ROWS: usize = 32;
 
-/// Sizes of an engine.
-#[derive(Debug, Clone)]
-pub struct EngineOptions {
-    /// Bytes the KV cache may use. Cartridges are not part of it.
-    pub kv_bytes: u64,
-    pub max_running_sequences: usize,
-    pub prefill_tokens_per_step: usize,
-    pub max_queued_sequences: usize,
-    /// Prompt tokens (times `n`) that may wait.
-    pub max_queued_tokens: usize,
-    /// Keep the blocks of finished sequences for prompts that begin the same way.
-    pub prefix_cache: bool,
-    /// Events one request may leave unread before it is cancelled.
-    pub max_unread_events: usize,
-    /// Sequences that must share a cartridge for attention to read it once for all of them.
-    pub group_min_sequences: usize,
-}
-
-impl Default for EngineOptions {
-    fn default() -> Self {
-        Self {
-            kv_bytes: 1 << 30,
-            max_running_sequences: limits::DEFAULT_MAX_RUNNING_SEQUENCES,
-            prefill_tokens_per_step: limits::DEFAULT_PREFILL_TOKENS_PER_STEP,
-            max_queued_sequences: limits::DEFAULT_MAX_QUEUED_SEQUENCES,
-            max_queued_tokens: limits::DEFAULT_MAX_QUEUED_TOKENS,
-            prefix_cache: true,
-            max_unread_events: limits::DEFAULT_MAX_UNREAD_EVENTS,
-            group_min_sequences: 2,
-        }
-    }
-}
-
-/// Starts the engine thread. It ends when every [`EngineHandle`] is dropped and its work is done; the
-/// returned handle waits for that.
-pub fn start(
-    decoder: Decoder,
-    options: &EngineOptions,
-) -> Result<(EngineHandle, JoinHandle<()>), EngineError> {
-    let config = decoder.config();
-    let shape = config.kv_shape();
-    let block_bytes = KvCache::block_bytes(shape);
-    // More blocks than all running sequences can fill would never be used.
-    let useful = options.max_running_sequences.saturating_mul(blocks_for(config.max_positions));
-    let blocks = ((options.kv_bytes / block_bytes) as usize).min(useful);
-    if blocks == 0 || options.max_running_sequences == 0 || options.prefill_tokens_per_step == 0 {
-        return Err(EngineError::InvalidRequest {
-            field: "kv_cache_bytes",
-            reason: format!(
-                "{} bytes hold no block of {BLOCK_TOKENS} tokens ({block_bytes} bytes), or another \
-                 engine limit is 0",
-                options.kv_bytes
-            ),
-        });
-    }
-    let info = Arc::new(EngineInfo {
-        max_context: config.max_positions,
-        kv_tokens: blocks * BLOCK_TOKENS,
-        kv_bytes: blocks as u64 * block_bytes,
-        vocab_size: config.vocab_size,
-        kv_shape: shape,
-        max_queued_sequences: options.max_queued_sequences,
-        max_queued_tokens: options.max_queued_tokens,
-        prefix_cache: options.prefix_cache,
-        max_running_sequences: options.max_running_sequences,
-    });
-    let gauges = Arc::new(Gauges::default());
-    gauges.total_blocks.store(blocks, Ordering::Relaxed);
-    let (submissions, receiver) = std::sync::mpsc::channel();
-    let scheduler_limits = SchedulerLimits {
-        max_running: options.max_running_sequences,
-        prefill_tokens: options.prefill_tokens_per_step,
-    };
-    let group_min = options.group_min_sequences;
-    let thread = {
-        let gauges = Arc::clone(&gauges);
-        std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
-            let core = Core {
-                cache: KvCache::new(shape, blocks),
-                pool: BlockPool::new(blocks),
-                scheduler: Scheduler::new(scheduler_limits),
-                sequences: BTreeMap::new(),
-                next_id: 0,
-                receiver,
-                gauges,
-                decoder,
-                group_min,
-            };
-            core.run();
-        })
-    };
-    let thread = thread.map_err(|e| EngineError::Internal(format!("no engine thread: {e}")))?;
-    Ok((EngineHandle { submissions, info, gauges }, thread))
-}
-
-struct Core {
+pub(super) struct Core {
     decoder: Decoder,
     group_min: usize,
     cache: KvCache,
     pool: BlockPool,
     scheduler: Scheduler,
     sequences: BTreeMap<SequenceId, Sequence>,
-    next_id: SequenceId,
     receiver: Receiver<Submission>,
-    gauges: Arc<Gauges>,
+    shared: Arc<Shared>,
+    prefix_cache: bool,
+    max_unread_events: usize,
+    /// Called with the tokens of every step, between the model and the sampling; tests let it panic.
+    #[cfg(test)]
+    pub(super) fault: Option<fn(&[u32])>,
+}
+
+/// The blocks of the engine's sequences.
+struct SequenceBlocks<'a> {
+    sequences: &'a mut BTreeMap<SequenceId, Sequence>,
+    pool: &'a BlockPool,
+}
+
+impl Memory for SequenceBlocks<'_> {
+    fn available(&self) -> usize {
+        self.pool.available()
+    }
+
+    fn attach(&mut self, id: SequenceId) -> usize {
+        self.sequences.get_mut(&id).map_or(0, Sequence::attach)
+    }
+
+    fn reserve(&mut self, id: SequenceId, blocks: usize) {
+        // Whether it worked is checked before the blocks are used.
+        let _ = self.sequences.get_mut(&id).is_some_and(|s| s.table.grow_to(blocks));
+    }
+
+    fn release(&mut self, id: SequenceId) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.release();
+        }
+    }
 }
 
 impl Core {
-    fn run(mut self) {
-        while self.take_submissions() {
-            self.drop_cancelled();
-            let plan = self.scheduler.plan(self.pool.free());
-            if let Err(error) = self.apply(&plan) {
-                self.fail(&plan, &error);
+    pub fn new(
+        decoder: Decoder,
+        cache: KvCache,
+        blocks: usize,
+        limits: SchedulerLimits,
+        options: &EngineOptions,
+        receiver: Receiver<Submission>,
+        shared: Arc<Shared>,
+    ) -> Self {
+        Self {
+            decoder,
+            cache,
+            pool: BlockPool::new(blocks, options.prefix_cache),
+            scheduler: Scheduler::new(limits, blocks),
+            sequences: BTreeMap::new(),
+            receiver,
+            shared,
+            prefix_cache: options.prefix_cache,
+            max_unread_events: options.max_unread_events,
+            group_min: options.group_min_sequences,
+            #[cfg(test)]
+            fault: None,
+        }
+    }
+
+    pub fn run(mut self) {
+        loop {
+            // Taken first: what they name was submitted before and is known after the next line.
+            let cancelled = self.shared.take_cancelled();
+            if !self.take_submissions() {
+                return;
+            }
+            cancelled.into_iter().for_each(|ids| self.remove(ids));
+            if self.sequences.is_empty() {
+                continue;
+            }
+            let mut blocks = SequenceBlocks { sequences: &mut self.sequences, pool: &self.pool };
+            let plan = self.scheduler.plan(&mut blocks);
+            self.note(&plan);
+            if let Err(error) = self.check_plan(&plan) {
+                self.fail_all(&error);
                 continue;
             }
             self.publish_gauges();
-            if plan.work.is_empty() {
-                continue;
+            // A panic may leave only the sequences of this step in doubt, and those are dropped. What they
+            // wrote is in blocks that are not in the prefix cache.
+            let failure = match catch_unwind(AssertUnwindSafe(|| self.step(&plan))) {
+                Ok(Ok(())) => None,
+                Ok(Err(error)) => Some(error.to_string()),
+                Err(_) => Some("a step panicked".to_owned()),
+            };
+            if let Some(error) = failure {
+                tracing::error!(%error, "a step failed; its requests are ended");
+                self.fail(&plan, &EngineError::Internal(error));
             }
-            // A panic may leave only the sequences of this step in doubt, and those are dropped.
-            match catch_unwind(AssertUnwindSafe(|| self.step(&plan))) {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => {
-                    tracing::error!(%error, "a step failed; its requests are ended");
-                    self.fail(&plan, &EngineError::Internal(error.to_string()));
-                }
-                Err(_) => {
-                    tracing::error!("a step panicked; its requests are ended");
-                    self.fail(&plan, &EngineError::Internal("a step panicked".to_owned()));
-                }
-            }
+            self.check_blocks();
         }
     }
 
@@ -175,60 +144,88 @@ impl Core {
         }
     }
 
-    fn accept(&mut self, Submission { request, reply }: Submission) {
+    fn accept(&mut self, Submission { request, first_id, reply }: Submission) {
+        let generations = request.cartridges.iter().map(|cartridge| cartridge.generation().0);
+        let context = ContextKey::new(generations);
+        // Without a prefix cache only the choices of one request share blocks.
+        let request_id = (!self.prefix_cache).then_some(first_id);
+        let root = Root { context, request: request_id };
+        self.scheduler.enqueue(Arrival {
+            first: first_id,
+            n: request.n,
+            lane: context,
+            priority: request.priority,
+            prompt_tokens: request.prompt.len(),
+            max_tokens: request.sampling.max_tokens,
+        });
         let cartridge_tokens = request.cartridges.iter().map(|c| c.tokens()).sum();
-        let (prompt, n) = (request.prompt.len(), request.n);
-        let active = Rc::new(ActiveRequest { request, reply, cartridge_tokens });
+        let n = request.n;
+        let active = Rc::new(ActiveRequest { request, reply, first_id, cartridge_tokens });
         for choice in 0..n {
-            let id = self.next_id;
-            self.next_id += 1;
-            let sequence = Sequence::new(Rc::clone(&active), choice, self.pool.table());
-            self.sequences.insert(id, sequence);
-            self.scheduler.enqueue(id, prompt);
+            let sequence = Sequence::new(Rc::clone(&active), choice, self.pool.table(root));
+            self.sequences.insert(first_id + choice as u64, sequence);
         }
     }
 
-    /// Moves blocks as the plan says.
-    fn apply(&mut self, plan: &Plan) -> Result<(), EngineError> {
-        for id in &plan.preempted {
-            if let Some(sequence) = self.sequences.get_mut(id) {
-                sequence.preempt(self.pool.table());
+    /// Carries out what the plan says about starts, and counts.
+    fn note(&mut self, plan: &Plan) {
+        let gauges = &self.shared.gauges;
+        let add = |gauge: &AtomicU64, n: usize| gauge.fetch_add(n as u64, Ordering::Relaxed);
+        add(&gauges.preemptions, plan.preempted.len());
+        add(&gauges.steps, 1);
+        for admitted in &plan.admitted {
+            let Some(sequence) = self.sequences.get_mut(&admitted.id) else { continue };
+            let looked_up = !sequence.wants_prompt_logprobs();
+            if sequence.start(admitted.cached) {
+                self.shared.queue.leave(1, sequence.prompt_len());
+                if looked_up {
+                    add(&gauges.prefix_queried_tokens, sequence.prompt_len());
+                    add(&gauges.prefix_hit_tokens, admitted.cached);
+                }
             }
         }
-        for id in &plan.admitted {
-            if let Some(sequence) = self.sequences.get_mut(id)
-                && sequence.start()
-            {
-                self.gauges.queued.fetch_sub(1, Ordering::AcqRel);
-            }
-        }
-        for work in &plan.work {
-            let grown = self.sequences.get_mut(&work.id).map(|s| s.table.grow_to(work.blocks));
-            if grown != Some(true) {
-                let reason = "the scheduler planned more than the pool holds".to_owned();
-                return Err(EngineError::Internal(reason));
-            }
-        }
-        Ok(())
     }
 
-    fn drop_cancelled(&mut self) {
-        let gone: Vec<SequenceId> =
-            self.sequences.iter().filter(|(_, s)| s.is_cancelled()).map(|(id, _)| *id).collect();
-        self.remove(&gone);
+    /// Refuses a plan that would write beyond the blocks of a sequence, or that does nothing for ever.
+    fn check_plan(&self, plan: &Plan) -> Result<(), EngineError> {
+        let fits = |s: &Sequence, tokens: usize| {
+            s.computed + tokens <= s.table.blocks().len() * BLOCK_TOKENS
+        };
+        let sound = plan.work.iter().all(|work| {
+            self.sequences.get(&work.id).is_some_and(|sequence| fits(sequence, work.tokens))
+        });
+        debug_assert!(sound && !plan.work.is_empty(), "{plan:?}");
+        match sound && !plan.work.is_empty() {
+            true => Ok(()),
+            false => Err(EngineError::Internal("the scheduler made an impossible plan".to_owned())),
+        }
     }
 
-    /// Forgets sequences, wherever they stand; their blocks are free at once.
-    fn remove(&mut self, ids: &[SequenceId]) {
-        if ids.is_empty() {
+    /// Every block must be free, used or cached. If not, nothing in the pool can be trusted.
+    fn check_blocks(&mut self) {
+        let counts = self.pool.counts();
+        debug_assert!(counts.add_up(), "{counts:?}");
+        if counts.add_up() {
             return;
         }
+        tracing::error!(?counts, "blocks were lost or lent twice; the running requests are ended");
+        let held = |s: &Sequence| !s.table.blocks().is_empty();
+        let ids: Vec<SequenceId> =
+            self.sequences.iter().filter(|(_, s)| held(s)).map(|(id, _)| *id).collect();
+        let error = EngineError::Internal("the books of the KV cache are wrong".to_owned());
+        ids.into_iter().for_each(|id| self.fail_request(id, &error));
+        self.pool.reset();
+    }
+
+    /// Forgets sequences, wherever they stand; their blocks are free, or only cached, at once.
+    fn remove(&mut self, ids: Range<SequenceId>) {
         for id in ids {
-            if self.sequences.remove(id).is_some_and(|sequence| !sequence.has_started()) {
-                self.gauges.queued.fetch_sub(1, Ordering::AcqRel);
+            let Some(sequence) = self.sequences.remove(&id) else { continue };
+            self.scheduler.remove(id);
+            if !sequence.has_started() {
+                self.shared.queue.leave(1, sequence.prompt_len());
             }
         }
-        self.scheduler.retain(|id| self.sequences.contains_key(&id));
     }
 
     /// Runs one step of the model and hands out what it produced.
@@ -252,6 +249,10 @@ impl Core {
             PagedAttention { cache: &mut self.cache, batch: &batch, group_min: self.group_min };
         let hidden = self.decoder.forward(&tokens, &positions, &mut attention)?;
         drop(batch);
+        #[cfg(test)]
+        if let Some(fault) = &mut self.fault {
+            fault(&tokens);
+        }
 
         let mut sampling = Vec::new();
         let mut failed = Vec::new();
@@ -269,6 +270,8 @@ impl Core {
             if sequence.is_computed() {
                 sequence.announce_prompt();
                 sampling.push((work.id, first_row as u32 - 1));
+            } else if is_finite(&hidden.narrow(0, first_row - 1, 1)?)? {
+                sequence.publish(); // at most one prompt per step is cut
             }
         }
         for (id, error) in failed {
@@ -292,10 +295,18 @@ impl Core {
     fn advance(&mut self, id: SequenceId, logits: &[f32]) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         match sequence.step(logits) {
-            Ok(None) => self.scheduler.grow(id),
-            Ok(Some(reason)) => {
-                sequence.send(Event::Finished { choice: sequence.choice, reason });
-                self.remove(&[id]);
+            Ok(reason) => {
+                // The logits are finite, and so is everything they were computed from.
+                sequence.publish();
+                if let Some(reason) = reason {
+                    sequence.send(Event::Finished { choice: sequence.choice, reason });
+                    self.remove(id..id + 1);
+                } else if sequence.active.reply.unread() > self.max_unread_events {
+                    let limit = self.max_unread_events;
+                    self.fail_request(id, &EngineError::SlowReader { limit });
+                } else {
+                    self.scheduler.grow(id);
+                }
             }
             Err(error) => {
                 tracing::error!(%error, "a request is ended");
@@ -311,25 +322,26 @@ impl Core {
         }
     }
 
+    fn fail_all(&mut self, error: &EngineError) {
+        while let Some(id) = self.sequences.first_key_value().map(|(id, _)| *id) {
+            self.fail_request(id, error);
+        }
+    }
+
     /// Ends all choices of the request that sequence `id` belongs to.
     fn fail_request(&mut self, id: SequenceId, error: &EngineError) {
-        let Some(sequence) = self.sequences.get(&id) else {
-            self.scheduler.retain(|other| other != id);
-            return;
-        };
+        let Some(sequence) = self.sequences.get(&id) else { return };
         sequence.send(Event::Failed(error.clone()));
-        let active = Rc::clone(&sequence.active);
-        let same = |s: &Sequence| Rc::ptr_eq(&s.active, &active);
-        let ids: Vec<SequenceId> =
-            self.sequences.iter().filter(|(_, s)| same(s)).map(|(id, _)| *id).collect();
-        self.remove(&ids);
+        let first = sequence.active.first_id;
+        self.remove(first..first + sequence.active.request.n as u64);
     }
 
     fn publish_gauges(&self) {
-        let gauges = &self.gauges;
+        let (gauges, counts) = (&self.shared.gauges, self.pool.counts());
         gauges.waiting.store(self.scheduler.waiting(), Ordering::Relaxed);
         gauges.running.store(self.scheduler.running(), Ordering::Relaxed);
-        gauges.used_blocks.store(self.pool.total() - self.pool.free(), Ordering::Relaxed);
+        gauges.used_blocks.store(counts.used, Ordering::Relaxed);
+        gauges.cached_blocks.store(counts.cached, Ordering::Relaxed);
     }
 }
 
@@ -352,4 +364,9 @@ fn score_prompt(
         }
     }
     Ok(Ok(()))
+}
+
+/// Whether the last token of a part of a prompt, and so all it attended to, came out finite.
+fn is_finite(row: &Tensor) -> candle_core::Result<bool> {
+    Ok(row.flatten_all()?.to_vec1::<f32>()?.iter().all(|value| value.is_finite()))
 }

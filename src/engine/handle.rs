@@ -1,12 +1,13 @@
 //! The caller's side of the engine: submit requests, read tokens, watch the load.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use candle_core::DType;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+use super::scheduler::SequenceId;
 use super::{EngineError, Event, GenerateRequest};
 use crate::cartridge::KvShape;
 
@@ -50,14 +51,69 @@ pub struct EngineStats {
     pub steps: u64,
 }
 
+/// What handles, streams and the engine thread have in common.
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    pub queue: Queue,
+    pub gauges: Gauges,
+    /// The id of the next sequence. Those of one request are consecutive.
+    next_id: AtomicU64,
+    /// Sequences nobody wants any more, until the engine has seen it.
+    cancelled: Mutex<Vec<Range<SequenceId>>>,
+}
+
+impl Shared {
+    fn cancel(&self, ids: Range<SequenceId>) {
+        self.cancelled.lock().unwrap_or_else(PoisonError::into_inner).push(ids);
+    }
+
+    /// What was cancelled since the last call.
+    pub fn take_cancelled(&self) -> Vec<Range<SequenceId>> {
+        std::mem::take(&mut self.cancelled.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// What was submitted and has not started.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    sequences: AtomicUsize,
+    /// Their prompt tokens.
+    tokens: AtomicUsize,
+}
+
+impl Queue {
+    /// Takes places for `n` sequences with `prompt` tokens each.
+    fn enter(&self, n: usize, prompt: usize, info: &EngineInfo) -> Result<(), EngineError> {
+        let limit = info.max_queued_sequences;
+        let add = |waiting: usize| waiting.checked_add(n).filter(|total| *total <= limit);
+        self.sequences
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, add)
+            .map_err(|waiting| EngineError::QueueFull { waiting, limit })?;
+        let limit = info.max_queued_tokens;
+        let tokens = prompt.saturating_mul(n);
+        // One that is too large for the queue is taken when nobody waits.
+        let add = |waiting: usize| {
+            waiting.checked_add(tokens).filter(|total| waiting == 0 || *total <= limit)
+        };
+        let added = self.tokens.fetch_update(Ordering::AcqRel, Ordering::Acquire, add);
+        added.map(drop).map_err(|waiting| {
+            self.sequences.fetch_sub(n, Ordering::AcqRel);
+            EngineError::QueueTokensFull { waiting, limit }
+        })
+    }
+
+    /// Gives the places back.
+    pub fn leave(&self, n: usize, prompt: usize) {
+        self.sequences.fetch_sub(n, Ordering::AcqRel);
+        self.tokens.fetch_sub(prompt.saturating_mul(n), Ordering::AcqRel);
+    }
+}
+
 /// Readings the engine thread publishes.
 #[derive(Debug, Default)]
 pub(super) struct Gauges {
-    /// Sequences submitted and not yet started; bounded by `max_queued_sequences`.
-    pub queued: AtomicUsize,
     pub waiting: AtomicUsize,
     pub running: AtomicUsize,
-    pub waiting_tokens: AtomicUsize,
     pub used_blocks: AtomicUsize,
     pub cached_blocks: AtomicUsize,
     pub total_blocks: AtomicUsize,
@@ -70,18 +126,27 @@ pub(super) struct Gauges {
 /// A request on its way to the engine thread.
 pub(super) struct Submission {
     pub request: GenerateRequest,
+    /// The id of the first choice.
+    pub first_id: SequenceId,
     pub reply: Reply,
 }
 
 /// The engine's end of a [`TokenStream`].
 pub(super) struct Reply {
-    pub events: UnboundedSender<Event>,
-    pub cancelled: Arc<[AtomicBool]>,
+    events: UnboundedSender<Event>,
+    unread: Arc<AtomicUsize>,
 }
 
 impl Reply {
-    pub fn is_cancelled(&self, choice: usize) -> bool {
-        self.events.is_closed() || self.cancelled[choice].load(Ordering::Relaxed)
+    pub fn send(&self, event: Event) {
+        self.unread.fetch_add(1, Ordering::Relaxed);
+        // A receiver that is gone has cancelled its sequences, which the next step sees.
+        let _ = self.events.send(event);
+    }
+
+    /// Events sent and not yet received.
+    pub fn unread(&self) -> usize {
+        self.unread.load(Ordering::Relaxed)
     }
 }
 
@@ -91,7 +156,7 @@ impl Reply {
 pub struct EngineHandle {
     pub(super) submissions: mpsc::Sender<Submission>,
     pub(super) info: Arc<EngineInfo>,
-    pub(super) gauges: Arc<Gauges>,
+    pub(super) shared: Arc<Shared>,
 }
 
 impl EngineHandle {
@@ -102,39 +167,37 @@ impl EngineHandle {
     pub fn stats(&self) -> EngineStats {
         let read = |value: &AtomicUsize| value.load(Ordering::Relaxed);
         let count = |value: &AtomicU64| value.load(Ordering::Relaxed);
+        let gauges = &self.shared.gauges;
         EngineStats {
-            waiting: read(&self.gauges.waiting),
-            running: read(&self.gauges.running),
-            waiting_tokens: read(&self.gauges.waiting_tokens),
-            used_blocks: read(&self.gauges.used_blocks),
-            cached_blocks: read(&self.gauges.cached_blocks),
-            total_blocks: read(&self.gauges.total_blocks),
-            preemptions: count(&self.gauges.preemptions),
-            prefix_queried_tokens: count(&self.gauges.prefix_queried_tokens),
-            prefix_hit_tokens: count(&self.gauges.prefix_hit_tokens),
-            steps: count(&self.gauges.steps),
+            waiting: read(&gauges.waiting),
+            running: read(&gauges.running),
+            waiting_tokens: read(&self.shared.queue.tokens),
+            used_blocks: read(&gauges.used_blocks),
+            cached_blocks: read(&gauges.cached_blocks),
+            total_blocks: read(&gauges.total_blocks),
+            preemptions: count(&gauges.preemptions),
+            prefix_queried_tokens: count(&gauges.prefix_queried_tokens),
+            prefix_hit_tokens: count(&gauges.prefix_hit_tokens),
+            steps: count(&gauges.steps),
         }
     }
 
     /// Checks a request and puts it into the queue. What can never run is refused here.
     pub fn submit(&self, request: GenerateRequest) -> Result<TokenStream, EngineError> {
         self.check(&request)?;
-        let (n, limit) = (request.n, self.info.max_queued_sequences);
-        let queued = &self.gauges.queued;
-        queued
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |waiting| {
-                waiting.checked_add(n).filter(|total| *total <= limit)
-            })
-            .map_err(|waiting| EngineError::QueueFull { waiting, limit })?;
-        // The number of events is bounded by the request's own n and max_tokens.
+        let (n, prompt) = (request.n, request.prompt.len());
+        self.shared.queue.enter(n, prompt, &self.info)?;
+        // Bounded by the limit on unread events.
         let (events, receiver) = unbounded_channel();
-        let cancelled: Arc<[AtomicBool]> = (0..request.n).map(|_| AtomicBool::new(false)).collect();
-        let reply = Reply { events, cancelled: Arc::clone(&cancelled) };
-        if self.submissions.send(Submission { request, reply }).is_err() {
-            queued.fetch_sub(n, Ordering::AcqRel);
+        let unread = Arc::new(AtomicUsize::new(0));
+        let first_id = self.shared.next_id.fetch_add(n as u64, Ordering::Relaxed);
+        let reply = Reply { events, unread: Arc::clone(&unread) };
+        if self.submissions.send(Submission { request, first_id, reply }).is_err() {
+            self.shared.queue.leave(n, prompt);
             return Err(EngineError::ShuttingDown);
         }
-        Ok(TokenStream { events: receiver, cancelled })
+        let ids = first_id..first_id + n as u64;
+        Ok(TokenStream { events: receiver, unread, ids, shared: Arc::clone(&self.shared) })
     }
 
     fn check(&self, request: &GenerateRequest) -> Result<(), EngineError> {
@@ -184,24 +247,42 @@ impl EngineHandle {
 #[derive(Debug)]
 pub struct TokenStream {
     events: UnboundedReceiver<Event>,
-    cancelled: Arc<[AtomicBool]>,
+    unread: Arc<AtomicUsize>,
+    ids: Range<SequenceId>,
+    shared: Arc<Shared>,
 }
 
 impl TokenStream {
     /// The next event; `None` after the last.
     pub async fn next(&mut self) -> Option<Event> {
-        self.events.recv().await
+        let event = self.events.recv().await;
+        self.received(event)
     }
 
     /// Like [`Self::next`], for threads without an async runtime.
     pub fn blocking_next(&mut self) -> Option<Event> {
-        self.events.blocking_recv()
+        let event = self.events.blocking_recv();
+        self.received(event)
+    }
+
+    fn received(&self, event: Option<Event>) -> Option<Event> {
+        if event.is_some() {
+            self.unread.fetch_sub(1, Ordering::Relaxed);
+        }
+        event
     }
 
     /// Stops one choice, e.g. because its text reached a stop string. No `Finished` follows for it.
     pub fn cancel_choice(&self, choice: usize) {
-        if let Some(flag) = self.cancelled.get(choice) {
-            flag.store(true, Ordering::Relaxed);
+        let id = self.ids.start + choice as u64;
+        if self.ids.contains(&id) {
+            self.shared.cancel(id..id + 1);
         }
+    }
+}
+
+impl Drop for TokenStream {
+    fn drop(&mut self) {
+        self.shared.cancel(self.ids.clone());
     }
 }

@@ -5,20 +5,26 @@
 
 mod blocks;
 mod core;
+#[cfg(test)]
+mod core_tests;
 mod handle;
 mod kv_cache;
 mod logprobs;
+mod prefix_cache;
 mod request;
 mod sampler;
 mod scheduler;
 mod sequence;
+#[cfg(test)]
+mod simulator;
+mod startup;
 
 pub use blocks::BLOCK_TOKENS;
-pub use core::{EngineOptions, start};
 pub use handle::{EngineHandle, EngineInfo, EngineStats, TokenStream};
 pub use request::{
     Event, FinishReason, GenerateRequest, LogprobOptions, Priority, SampledToken, SamplingParams,
 };
+pub use startup::{EngineOptions, start};
 
 /// Why the engine refused or gave up a request.
 #[derive(Debug, Clone, thiserror::Error)]

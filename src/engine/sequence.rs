@@ -2,16 +2,20 @@
 
 use std::rc::Rc;
 
-use super::blocks::BlockTable;
+use super::blocks::{BLOCK_TOKENS, BlockTable};
 use super::handle::Reply;
 use super::logprobs::token_logprobs;
+use super::prefix_cache::BlockTokens;
 use super::sampler::Sampler;
+use super::scheduler::SequenceId;
 use super::{EngineError, Event, FinishReason, GenerateRequest, SampledToken};
 
 /// A request whose choices are running or waiting.
 pub(super) struct ActiveRequest {
     pub request: GenerateRequest,
     pub reply: Reply,
+    /// The id of the first choice's sequence; the others follow.
+    pub first_id: SequenceId,
     pub cartridge_tokens: usize,
 }
 
@@ -27,6 +31,8 @@ pub(super) struct Sequence {
     sampler: Option<Sampler>,
     /// Gathered chunk by chunk for the first choice, when asked for.
     prompt_logprobs: Vec<Option<SampledToken>>,
+    /// Prompt tokens taken over from the prefix cache on the first admission.
+    cached_tokens: usize,
     prompt_announced: bool,
 }
 
@@ -40,17 +46,21 @@ impl Sequence {
             table,
             sampler: None,
             prompt_logprobs: Vec::new(),
+            cached_tokens: 0,
             prompt_announced: false,
         }
     }
 
-    /// Called on every admission. True the first time.
-    pub fn start(&mut self) -> bool {
-        let first = self.sampler.is_none();
+    /// Called on every admission, with `cached` tokens already computed. True the first time.
+    pub fn start(&mut self, cached: usize) -> bool {
+        self.computed = cached;
+        if self.sampler.is_some() {
+            return false;
+        }
+        self.cached_tokens = cached;
         let request = &self.active.request;
-        self.sampler
-            .get_or_insert_with(|| Sampler::new(&request.sampling, self.choice, &request.prompt));
-        first
+        self.sampler = Some(Sampler::new(&request.sampling, self.choice, &request.prompt));
+        true
     }
 
     pub fn has_started(&self) -> bool {
@@ -58,24 +68,48 @@ impl Sequence {
     }
 
     /// Gives the blocks back; everything is computed again later, nothing is sampled again.
-    pub fn preempt(&mut self, empty: BlockTable) {
-        self.table = empty;
+    pub fn release(&mut self) {
+        self.table.clear();
         self.computed = 0;
     }
 
-    fn prompt_len(&self) -> usize {
+    /// Takes over the cached beginning of the tokens. At least the last token is left, for its logits; all
+    /// of them are when the logits of every prompt token are wanted. Returns the blocks.
+    pub fn attach(&mut self) -> usize {
+        if self.wants_prompt_logprobs() {
+            return 0;
+        }
+        let full = (self.tokens() - 1) / BLOCK_TOKENS;
+        let (prompt, generated) = (&self.active.request.prompt, &self.generated);
+        self.table.attach((0..full).map(|block| block_tokens(prompt, generated, block)))
+    }
+
+    /// Lets others share the computed blocks. Only for a sequence whose results are finite.
+    pub fn publish(&mut self) {
+        let full = self.computed / BLOCK_TOKENS;
+        if full > self.table.shared() {
+            let (prompt, generated) = (&self.active.request.prompt, &self.generated);
+            self.table.publish(full, |block| block_tokens(prompt, generated, block));
+        }
+    }
+
+    pub fn prompt_len(&self) -> usize {
         self.active.request.prompt.len()
+    }
+
+    /// Prompt and generated tokens.
+    fn tokens(&self) -> usize {
+        self.prompt_len() + self.generated.len()
     }
 
     /// The next `count` tokens to compute.
     pub fn next_tokens(&self, count: usize) -> impl Iterator<Item = u32> {
-        let tokens = self.active.request.prompt.iter().chain(&self.generated);
-        tokens.skip(self.computed).take(count).copied()
+        token_range(&self.active.request.prompt, &self.generated, self.computed, count)
     }
 
     /// Whether every token has its keys and values, so that the next can be sampled.
     pub fn is_computed(&self) -> bool {
-        self.computed == self.prompt_len() + self.generated.len()
+        self.computed == self.tokens()
     }
 
     /// Whether logits of prompt positions are wanted from this sequence.
@@ -126,7 +160,7 @@ impl Sequence {
         if self.active.request.logprobs.prompt_top.is_some() && logprobs.is_empty() {
             logprobs.push(None); // a prompt of one token
         }
-        self.send(Event::PromptDone { cached_tokens: 0, logprobs });
+        self.send(Event::PromptDone { cached_tokens: self.cached_tokens, logprobs });
     }
 
     /// Draws the next token from `logits`; `Some` when the sequence ends with it.
@@ -156,14 +190,28 @@ impl Sequence {
         Ok(reason)
     }
 
-    pub fn is_cancelled(&self) -> bool {
-        self.active.reply.is_cancelled(self.choice)
-    }
-
     pub fn send(&self, event: Event) {
-        // A receiver that is gone is noticed as a cancellation before the next step.
-        let _ = self.active.reply.events.send(event);
+        self.active.reply.send(event);
     }
+}
+
+/// Tokens `start..start + count` of a prompt and what follows it.
+fn token_range<'a>(
+    prompt: &'a [u32],
+    generated: &'a [u32],
+    start: usize,
+    count: usize,
+) -> impl Iterator<Item = u32> + 'a {
+    let of_prompt = &prompt[start.min(prompt.len())..(start + count).min(prompt.len())];
+    let generated = generated.iter().skip(start.saturating_sub(prompt.len()));
+    of_prompt.iter().chain(generated.take(count - of_prompt.len())).copied()
+}
+
+fn block_tokens(prompt: &[u32], generated: &[u32], block: usize) -> BlockTokens {
+    let mut tokens = [0; BLOCK_TOKENS];
+    let range = token_range(prompt, generated, block * BLOCK_TOKENS, BLOCK_TOKENS);
+    tokens.iter_mut().zip(range).for_each(|(to, from)| *to = from);
+    tokens
 }
 
 fn check_finite(logits: &[f32]) -> Result<(), EngineError> {
