@@ -187,7 +187,7 @@ impl Drop for Life {
         };
         let _entered = self.span.enter();
         if !self.submitted {
-            tracing::debug!(seconds = elapsed.as_secs_f64(), "ended before it was submitted");
+            tracing::debug!(ms = milliseconds(elapsed), "ended before it was submitted");
             return;
         }
         self.metrics.generation_ended(outcome, elapsed);
@@ -197,7 +197,7 @@ impl Drop for Life {
             first_token_ms = self.first_token.map(milliseconds),
             tokens = self.tokens,
             cached_tokens = self.cached_tokens,
-            seconds = elapsed.as_secs_f64(),
+            ms = milliseconds(elapsed),
             "request ended"
         );
     }
@@ -238,8 +238,9 @@ fn retry_seconds(waiting: usize, rate: f64) -> u64 {
     if rate <= 0.0 { longest } else { ((waiting as f64 / rate).ceil() as u64).clamp(1, longest) }
 }
 
+/// To the microsecond: more digits are noise in a log.
 fn milliseconds(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1e3
+    duration.as_micros() as f64 / 1e3
 }
 
 fn priority_name(priority: Priority) -> &'static str {

@@ -99,7 +99,7 @@ impl AppState {
     }
 
     /// 503 while starting or draining.
-    pub(super) fn check_ready(&self) -> Result<(), ApiError> {
+    pub fn check_ready(&self) -> Result<(), ApiError> {
         match self.ready.0.load(Ordering::SeqCst) {
             READY => Ok(()),
             DRAINING => Err(EngineError::ShuttingDown.into()),
