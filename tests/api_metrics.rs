@@ -79,7 +79,7 @@ impl Exposition {
 
 impl Sample {
     fn parse(line: &str) -> Self {
-        let end = line.find(|c: char| c == '{' || c == ' ').unwrap();
+        let end = line.find(['{', ' ']).unwrap();
         let name = &line[..end];
         let legal = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
         assert!(

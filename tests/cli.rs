@@ -120,8 +120,13 @@ struct Server {
 
 impl Server {
     fn start(args: &[&str]) -> Self {
+        Self::start_with(args, "info", Stdio::inherit())
+    }
+
+    fn start_with(args: &[&str], level: &str, log: Stdio) -> Self {
         let mut command = command(&["serve", "--port", "0", "--kv-cache-mib", "64"]);
-        let process = command.args(args).stdout(Stdio::piped()).spawn().unwrap();
+        command.args(args).env("CARTOUCHE_LOG", level).stderr(log);
+        let process = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut server = Self { process, address: String::new() };
         let output = BufReader::new(server.process.stdout.take().unwrap());
         let mut lines = output.lines().map(Result::unwrap);
@@ -147,6 +152,16 @@ impl Server {
             seen += &String::from_utf8_lossy(&buffer[..count]);
         }
         (socket, seen)
+    }
+
+    /// A whole request on a connection of its own.
+    fn post(&self, path: &str, header: &str, body: &str) -> String {
+        let mut socket = TcpStream::connect(&self.address).unwrap();
+        let length = body.len();
+        let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{header}");
+        let request = format!("{head}\r\ncontent-length: {length}\r\n\r\n{body}");
+        socket.write_all(request.as_bytes()).unwrap();
+        rest(socket)
     }
 
     fn terminate(&self) {
@@ -179,6 +194,41 @@ fn rest(mut socket: TcpStream) -> String {
     let mut seen = Vec::new();
     socket.read_to_end(&mut seen).unwrap();
     String::from_utf8_lossy(&seen).into_owned()
+}
+
+#[cfg(unix)]
+#[test]
+fn the_log_has_one_line_per_finished_request_and_never_its_text() {
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let server = Server::start_with(&[], "trace", log.reopen().unwrap().into());
+    let secret = "Zanzibarium";
+    for (path, prompt) in [
+        ("/v1/completions", format!("\"prompt\": \"{secret}\"")),
+        (
+            "/v1/chat/completions",
+            format!("\"messages\": [{{\"role\": \"user\", \"content\": \"{secret}\"}}]"),
+        ),
+    ] {
+        let body = format!("{{{prompt}, \"max_tokens\": 3, \"ignore_eos\": true, \"n\": 2}}");
+        let reply = server.post(path, "x-request-id: trace-me", &body);
+        assert!(reply.starts_with("HTTP/1.1 200") && reply.contains("x-request-id: trace-me"));
+        let refused = server.post(path, "x-request-id: refused", &body.replace('3', "99999"));
+        assert!(refused.starts_with("HTTP/1.1 400"), "{refused}");
+    }
+    server.terminate();
+    server.ends();
+    let log = std::fs::read_to_string(log.path()).unwrap();
+    assert!(!log.contains(secret), "{log}");
+    let info: Vec<&str> = log.lines().filter(|line| line.contains(" INFO request")).collect();
+    assert_eq!(info.len(), 2, "{log}");
+    for line in info {
+        for part in
+            ["id=\"trace-me\"", "n=2", "outcome=\"finished\"", "tokens=6", "first_token_ms="]
+        {
+            assert!(line.contains(part), "{part} is not in {line}");
+        }
+    }
+    assert!(log.contains("id=\"refused\""), "refusals are told at debug");
 }
 
 #[cfg(unix)]
