@@ -82,3 +82,28 @@ pub const MAX_SAFETENSORS_HEADER_BYTES: u64 = 4 << 20;
 pub const MAX_CONCURRENT_CARTRIDGE_LOADS: usize = 4;
 /// Cartridge loads under way or waiting; the next one is answered with 503 and `Retry-After`.
 pub const MAX_PENDING_CARTRIDGE_LOADS: usize = 256;
+/// Connections served at the same time; further ones wait to be accepted.
+pub const MAX_CONNECTIONS: usize = 8192;
+/// Seconds a connection may take to send the head of a request, idle time between requests included;
+/// then it is closed.
+pub const HEADER_READ_SECONDS: u64 = 60;
+/// Seconds a client may take to send a whole body; past it the answer is 408.
+pub const BODY_READ_SECONDS: u64 = 120;
+/// Seconds without progress on a reply that a client could read, unless configured; then its connection is
+/// closed, which cancels its request.
+pub const DEFAULT_CLIENT_STALL_SECONDS: u64 = 60;
+/// Seconds running requests get to finish once the server is told to stop, unless configured; then they are
+/// ended with an error.
+pub const DEFAULT_DRAIN_SECONDS: u64 = 30;
+/// Seconds the last replies get to reach their clients when a drain is over; then connections are cut.
+pub const FLUSH_SECONDS: u64 = 3;
+/// Bytes of an `X-Request-Id` that is kept; a longer one, or one with other than visible ASCII, is replaced.
+pub const MAX_REQUEST_ID_BYTES: usize = 128;
+/// Cartridge ids in each list of `vllm:lora_requests_info`; the rest is left out.
+pub const MAX_METRIC_CARTRIDGES: usize = 64;
+/// Bytes of each of those lists.
+pub const MAX_METRIC_CARTRIDGE_BYTES: usize = 4096;
+/// Bytes of events put into one write of a stream, about; more wait for the next.
+pub const STREAM_WRITE_BYTES: usize = 16 << 10;
+/// Seconds a refused client is told to wait at most.
+pub const MAX_RETRY_AFTER_SECONDS: u64 = 60;

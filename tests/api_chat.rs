@@ -385,7 +385,8 @@ fn sentencepiece() -> (Server, u32) {
         }),
         options: ApiOptions::default(),
         ready: base.state.ready.clone(),
-        metrics: None,
+        metrics: Arc::clone(&base.state.metrics),
+        in_flight: Arc::clone(&base.state.in_flight),
         started: 0,
     });
     (Server { router: router(Arc::clone(&state)), state }, hello)

@@ -38,6 +38,7 @@ const FIELDS: &[&str] = &[
     "return_tokens_as_token_ids",
     "stream",
     "stream_options",
+    "priority",
     "tools",
     "documents",
     "chat_template",

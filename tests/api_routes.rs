@@ -13,16 +13,19 @@ async fn health_and_ping() {
     assert_eq!(server.get("/ping").await.ok(), json!({"message": "pong"}));
     assert_eq!(server.get("/health/live").await.ok(), json!({"status": "alive"}));
     assert_eq!(server.get("/health/ready").await.ok(), json!({"status": "ready"}));
-    server.state.ready.set(false);
+    server.state.ready.drain();
     let reply = server.get("/health/ready").await;
-    assert_eq!((reply.error().0, reply.code().as_str()), (503, "not_ready"));
+    assert_eq!((reply.error().0, reply.code().as_str()), (503, "shutting_down"));
     assert!(reply.headers.contains_key("retry-after"));
     assert_eq!(server.get("/health").await.status, 503);
     assert_eq!(server.get("/health/live").await.status, 200);
     for reply in [server.chat(json!({})).await, server.complete(json!({})).await] {
-        assert_eq!((reply.error().0, reply.code().as_str()), (503, "not_ready"));
+        assert_eq!((reply.error().0, reply.code().as_str()), (503, "shutting_down"));
         assert!(reply.headers.contains_key("retry-after"));
+        assert_eq!(reply.header("connection"), "close");
     }
+    server.state.ready.set_ready();
+    assert_eq!(server.get("/health").await.status, 503, "a drain is not taken back");
 }
 
 #[tokio::test]
@@ -192,24 +195,34 @@ async fn any_content_type_is_read_as_json() {
 }
 
 #[tokio::test]
-async fn metrics_count_requests_and_tokens() {
+async fn request_ids_come_back() {
     let server = Server::shared();
-    server.chat(json!({"ignore_eos": true})).await.ok();
-    server.get("/v1/nothing").await;
-    let reply = server.get("/metrics").await;
-    assert_eq!(reply.status, 200);
-    assert!(reply.header("content-type").starts_with("text/plain"));
-    for part in [
-        "cartouche_http_requests_total{route=\"/v1/chat/completions\",method=\"POST\",status=\"200\"}",
-        "cartouche_http_requests_total{route=\"unmatched\",method=\"GET\",status=\"404\"}",
-        "cartouche_time_to_first_token_seconds_bucket",
-        "cartouche_generation_seconds_count{outcome=\"finished\"}",
-        "cartouche_completion_tokens_total",
-        "cartouche_prompt_tokens_total",
-        "cartouche_choices_finished_total{reason=\"length\"}",
-        "cartouche_kv_blocks ",
-    ] {
-        assert!(reply.text.contains(part), "{part} is not in\n{}", reply.text);
+    let ping = |id: &str| {
+        let request = Request::get("/ping").header("x-request-id", id);
+        server.send(request.body(Body::empty()).unwrap())
+    };
+    assert_eq!(ping("abc-123").await.header("x-request-id"), "abc-123");
+    let long = "x".repeat(limits::MAX_REQUEST_ID_BYTES + 1);
+    let replaced = ping(&long).await;
+    let replaced = replaced.header("x-request-id");
+    assert!(!replaced.is_empty() && replaced.len() <= limits::MAX_REQUEST_ID_BYTES);
+    let made = [server.get("/ping").await, server.get("/nothing").await];
+    assert_ne!(made[0].header("x-request-id"), made[1].header("x-request-id"));
+    assert!(!made[1].header("x-request-id").is_empty());
+}
+
+#[tokio::test]
+async fn priority_is_read_and_wrong_ones_are_named() {
+    let server = Server::shared();
+    for value in [json!("interactive"), json!("batch"), json!(-1), json!(7)] {
+        let reply = server.chat(json!({"priority": value})).await;
+        assert_eq!(reply.header("x-cartouche-ignored-fields"), "");
+        reply.ok();
+        server.complete(json!({"priority": value})).await.ok();
     }
-    assert!(!reply.text.contains("nothing"), "paths must not become labels");
+    for value in [json!("high"), json!(1.5), json!([1])] {
+        let reply = server.chat(json!({"priority": value})).await;
+        let (status, param, _) = reply.error();
+        assert_eq!((status, param.as_str()), (400, "priority"));
+    }
 }

@@ -1,17 +1,25 @@
 //! The commands as a user types them, on the built-in demo.
 
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-fn cartouche(args: &[&str]) -> Output {
+fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_cartouche"));
     // Nothing from the machine of whoever runs the tests.
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("CARTOUCHE_")) {
         command.env_remove(name);
     }
-    command.args(args).output().unwrap()
+    command.args(args);
+    command
+}
+
+fn cartouche(args: &[&str]) -> Output {
+    command(args).output().unwrap()
 }
 
 fn text(args: &[&str]) -> String {
@@ -102,4 +110,145 @@ fn every_command_has_help() {
         let help = text(&[command, &["--help"]].concat());
         assert!(help.len() > 300, "{help}");
     }
+}
+
+/// A server of its own; killed when a test fails.
+struct Server {
+    process: Child,
+    address: String,
+}
+
+impl Server {
+    fn start(args: &[&str]) -> Self {
+        Self::start_with(args, "info", Stdio::inherit())
+    }
+
+    fn start_with(args: &[&str], level: &str, log: Stdio) -> Self {
+        let mut command = command(&["serve", "--port", "0", "--kv-cache-mib", "64"]);
+        command.args(args).env("CARTOUCHE_LOG", level).stderr(log);
+        let process = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut server = Self { process, address: String::new() };
+        let output = BufReader::new(server.process.stdout.take().unwrap());
+        let mut lines = output.lines().map(Result::unwrap);
+        let line = lines.find(|line| line.starts_with("Cartouche ")).unwrap();
+        server.address = line.split_once("http://").unwrap().1.to_owned();
+        // What it prints later must have somewhere to go.
+        std::thread::spawn(move || lines.for_each(drop));
+        server
+    }
+
+    /// A stream of 3000 tokens that has begun.
+    fn long_stream(&self) -> (TcpStream, String) {
+        let body = r#"{"messages": [{"role": "user", "content": "Hello"}], "ignore_eos": true,
+                       "max_tokens": 3000, "stream": true}"#;
+        let mut socket = TcpStream::connect(&self.address).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+        let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length";
+        socket.write_all(format!("{head}: {}\r\n\r\n{body}", body.len()).as_bytes()).unwrap();
+        let (mut seen, mut buffer) = (String::new(), [0; 1024]);
+        while !seen.contains("\"content\":\"") {
+            let count = socket.read(&mut buffer).unwrap();
+            assert!(count > 0, "{seen}");
+            seen += &String::from_utf8_lossy(&buffer[..count]);
+        }
+        (socket, seen)
+    }
+
+    /// A whole request on a connection of its own.
+    fn post(&self, path: &str, header: &str, body: &str) -> String {
+        let mut socket = TcpStream::connect(&self.address).unwrap();
+        let length = body.len();
+        let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{header}");
+        let request = format!("{head}\r\ncontent-length: {length}\r\n\r\n{body}");
+        socket.write_all(request.as_bytes()).unwrap();
+        rest(socket)
+    }
+
+    fn terminate(&self) {
+        let pid = self.process.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    }
+
+    /// Waits for the end, which must be a clean one.
+    fn ends(mut self) {
+        let since = Instant::now();
+        while since.elapsed() < Duration::from_secs(60) {
+            if let Some(status) = self.process.try_wait().unwrap() {
+                assert!(status.success(), "{status}");
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        panic!("the server did not exit");
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn rest(mut socket: TcpStream) -> String {
+    let mut seen = Vec::new();
+    socket.read_to_end(&mut seen).unwrap();
+    String::from_utf8_lossy(&seen).into_owned()
+}
+
+#[cfg(unix)]
+#[test]
+fn the_log_has_one_line_per_finished_request_and_never_its_text() {
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let server = Server::start_with(&[], "trace", log.reopen().unwrap().into());
+    let secret = "Zanzibarium";
+    for (path, prompt) in [
+        ("/v1/completions", format!("\"prompt\": \"{secret}\"")),
+        (
+            "/v1/chat/completions",
+            format!("\"messages\": [{{\"role\": \"user\", \"content\": \"{secret}\"}}]"),
+        ),
+    ] {
+        let body = format!("{{{prompt}, \"max_tokens\": 3, \"ignore_eos\": true, \"n\": 2}}");
+        let reply = server.post(path, "x-request-id: trace-me", &body);
+        assert!(reply.starts_with("HTTP/1.1 200") && reply.contains("x-request-id: trace-me"));
+        let refused = server.post(path, "x-request-id: refused", &body.replace('3', "99999"));
+        assert!(refused.starts_with("HTTP/1.1 400"), "{refused}");
+    }
+    server.terminate();
+    server.ends();
+    let log = std::fs::read_to_string(log.path()).unwrap();
+    assert!(!log.contains(secret), "{log}");
+    let info: Vec<&str> = log.lines().filter(|line| line.contains(" INFO request")).collect();
+    assert_eq!(info.len(), 2, "{log}");
+    for line in info {
+        for part in
+            ["id=\"trace-me\"", "n=2", "outcome=\"finished\"", "tokens=6", "first_token_ms="]
+        {
+            assert!(line.contains(part), "{part} is not in {line}");
+        }
+    }
+    assert!(log.contains("id=\"refused\""), "refusals are told at debug");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_stream_that_runs_at_sigterm_finishes_within_the_drain_time() {
+    let server = Server::start(&["--drain-seconds", "100"]);
+    let (socket, seen) = server.long_stream();
+    server.terminate();
+    let seen = seen + &rest(socket);
+    assert!(seen.contains("\"finish_reason\":\"length\"") && seen.contains("[DONE]"), "{seen}");
+    server.ends();
+}
+
+#[cfg(unix)]
+#[test]
+fn a_stream_that_outlives_the_drain_time_ends_with_an_error_event() {
+    let server = Server::start(&["--drain-seconds", "0"]);
+    let (socket, seen) = server.long_stream();
+    server.terminate();
+    let seen = seen + &rest(socket);
+    assert!(seen.contains("\"code\":\"shutting_down\"") && !seen.contains("[DONE]"), "{seen}");
+    server.ends();
 }

@@ -23,8 +23,10 @@ def check_models(client):
 def check_chat(client, model):
     reply = client.chat.completions.create(
         model=model, messages=MESSAGES, max_completion_tokens=8, temperature=0, n=2,
-        logprobs=True, top_logprobs=5,
+        logprobs=True, top_logprobs=5, extra_body={"priority": "batch"},
+        extra_headers={"X-Request-Id": "openai-client"},
     )
+    assert reply._request_id == "openai-client"
     assert [c.index for c in reply.choices] == [0, 1]
     assert reply.choices[0].message.role == "assistant"
     assert reply.choices[0].message.content == reply.choices[1].message.content

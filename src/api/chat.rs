@@ -1,6 +1,6 @@
 //! `POST /v1/chat/completions`, and the same under the cartridge prefixes.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use axum::{
     Json,
@@ -13,6 +13,7 @@ use super::{
     error::ApiError,
     extract::Body,
     generate::{Finish, Update},
+    life::{Life, Origin},
     logprobs::TokenWriter,
     openai::{
         fields::{ChatFields, RequestBody},
@@ -21,22 +22,30 @@ use super::{
         reply::{AssistantMessage, ChatChoice, ChatChunkChoice, ChatLogprobs, Delta, Reply},
     },
     request::{self, Notes, Prepared, with_headers},
-    stream,
+    stream::{self, Encoder, Events},
     tally::Tally,
     updates::Updates,
 };
+use tracing::Instrument;
+
 use crate::engine::SampledToken;
 
 /// Answers a chat completion, whole or as a stream.
 pub async fn completions(
     State(state): State<Arc<AppState>>,
+    origin: Origin,
     body: Body,
 ) -> Result<Response, ApiError> {
-    state.check_ready()?;
-    let prepared = prepare(&state, body.read(RequestBody::parse).await?).await?;
-    let updates = prepared.submit(&state, state.options.default_max_tokens)?;
+    let life = Life::begin(&state, &origin)?;
+    let span = life.span();
+    state.in_flight.unless_stopped(answer(&state, life, body).instrument(span)).await
+}
+
+async fn answer(state: &AppState, life: Life, body: Body) -> Result<Response, ApiError> {
+    let prepared = prepare(state, body.read(RequestBody::parse).await?).await?;
+    let updates = prepared.submit(state, life, state.options.default_max_tokens)?;
     let headers = prepared.headers();
-    let reply = ChatReply::new(&state, prepared);
+    let reply = ChatReply::new(state, prepared);
     let response = if reply.settings.stream {
         stream::respond(updates, reply)
     } else {
@@ -46,7 +55,6 @@ pub async fn completions(
 }
 
 async fn prepare(state: &AppState, body: RequestBody<ChatFields>) -> Result<Prepared, ApiError> {
-    let started = Instant::now();
     let RequestBody { own, common, ignored } = body;
     let mut notes = Notes { ignored, warnings: Vec::new() };
     let bounds = request::bounds(state);
@@ -81,7 +89,6 @@ async fn prepare(state: &AppState, body: RequestBody<ChatFields>) -> Result<Prep
         text_goes_on,
         leases,
         notes,
-        started,
     })
 }
 
@@ -121,8 +128,8 @@ impl ChatReply {
         let mut choices: Vec<Choice> = Vec::new();
         choices.resize_with(self.settings.n, Choice::default);
         let mut prompt_logprobs = Vec::new();
-        while let Some((prompt, update)) = updates.next().await {
-            let update = update?;
+        while let Some(item) = updates.next().await {
+            let (prompt, update) = item?;
             self.tally.observe(prompt, &update);
             match update {
                 Update::Prompt { logprobs, .. } => prompt_logprobs = logprobs,
@@ -185,7 +192,7 @@ impl ChatReply {
         self.settings.return_token_ids.then(ids)
     }
 
-    fn envelope<C>(&self, object: &'static str, choices: Vec<C>) -> Reply<'_, C> {
+    fn envelope<C>(&self, object: &'static str, choices: C) -> Reply<'_, C> {
         Reply {
             id: &self.id,
             object,
@@ -201,13 +208,13 @@ impl ChatReply {
         }
     }
 
-    fn chunk(&self, choice: ChatChunkChoice) -> Reply<'_, ChatChunkChoice> {
-        self.envelope("chat.completion.chunk", vec![choice])
+    fn chunk(&self, choice: ChatChunkChoice) -> Reply<'_, [ChatChunkChoice; 1]> {
+        self.envelope("chat.completion.chunk", [choice])
     }
 }
 
-impl stream::Encoder for ChatReply {
-    fn update(&mut self, prompt: usize, update: Update, chunks: &mut Vec<String>) {
+impl Encoder for ChatReply {
+    fn update(&mut self, prompt: usize, update: Update, events: &mut Events) {
         self.tally.observe(prompt, &update);
         match update {
             Update::Prompt { .. } => {
@@ -220,7 +227,7 @@ impl stream::Encoder for ChatReply {
                         cartridges: &self.tally.cartridges,
                         ..self.chunk(empty_choice(index, delta))
                     };
-                    chunks.extend(serde_json::to_string(&reply));
+                    events.json(&reply);
                 }
             }
             Update::Delta { choice: index, text, token, finish } => {
@@ -234,7 +241,7 @@ impl stream::Encoder for ChatReply {
                         token_ids: self.token_ids(|| tokens.iter().map(|t| t.id).collect()),
                         ..empty_choice(index, delta)
                     };
-                    chunks.extend(serde_json::to_string(&self.chunk(choice)));
+                    events.json(&self.chunk(choice));
                 }
                 if let Some(finish) = finish {
                     let last = self.tally.is_complete();
@@ -247,21 +254,21 @@ impl stream::Encoder for ChatReply {
                         system_fingerprint: last.then(|| self.tally.fingerprint.to_json()),
                         ..self.chunk(choice)
                     };
-                    chunks.extend(serde_json::to_string(&reply));
+                    events.json(&reply);
                 }
             }
         }
     }
 
-    fn finish(&mut self, chunks: &mut Vec<String>) {
+    fn finish(&mut self, events: &mut Events) {
         if self.settings.include_usage {
-            let reply = Reply::<ChatChunkChoice> {
+            let reply = Reply::<[ChatChunkChoice; 0]> {
                 usage: Some(self.tally.usage()),
                 system_fingerprint: Some(self.tally.fingerprint.to_json()),
                 cartridges: &self.tally.cartridges,
-                ..self.envelope("chat.completion.chunk", Vec::new())
+                ..self.envelope("chat.completion.chunk", [])
             };
-            chunks.extend(serde_json::to_string(&reply));
+            events.json(&reply);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `POST /v1/completions`, and the same under the cartridge prefixes. Several prompts may come in one
 //! request; the choices of the first come first.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use axum::{
     Json,
@@ -14,6 +14,7 @@ use super::{
     error::ApiError,
     extract::Body,
     generate::{Finish, Update},
+    life::{Life, Origin},
     logprobs::TokenWriter,
     openai::{
         fields::{CompletionFields, RequestBody},
@@ -23,10 +24,12 @@ use super::{
         reply::{Joined, Reply, TextChoice, TextLogprobs},
     },
     request::{self, Notes, Prepared, with_headers},
-    stream,
+    stream::{self, Encoder, Events},
     tally::Tally,
     updates::Updates,
 };
+use tracing::Instrument;
+
 use crate::{engine::SampledToken, text::Detokenizer};
 
 /// Tokens generated when a text completion sets no limit (OpenAI's number).
@@ -35,15 +38,21 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 /// Answers a text completion, whole or as a stream.
 pub async fn completions(
     State(state): State<Arc<AppState>>,
+    origin: Origin,
     body: Body,
 ) -> Result<Response, ApiError> {
-    state.check_ready()?;
+    let life = Life::begin(&state, &origin)?;
+    let span = life.span();
+    state.in_flight.unless_stopped(answer(&state, life, body).instrument(span)).await
+}
+
+async fn answer(state: &AppState, life: Life, body: Body) -> Result<Response, ApiError> {
     let body = body.read(RequestBody::<CompletionFields>::parse).await?;
     let echo = body.own.echo.unwrap_or(false);
-    let prepared = prepare(&state, body, echo).await?;
-    let updates = prepared.submit(&state, Some(DEFAULT_MAX_TOKENS))?;
+    let prepared = prepare(state, body, echo).await?;
+    let updates = prepared.submit(state, life, Some(DEFAULT_MAX_TOKENS))?;
     let headers = prepared.headers();
-    let reply = TextReply::new(&state, prepared, echo);
+    let reply = TextReply::new(state, prepared, echo);
     let response = if reply.settings.stream {
         stream::respond(updates, reply)
     } else {
@@ -57,7 +66,6 @@ async fn prepare(
     body: RequestBody<CompletionFields>,
     echo: bool,
 ) -> Result<Prepared, ApiError> {
-    let started = Instant::now();
     let RequestBody { own, common, ignored } = body;
     let mut notes = Notes { ignored, warnings: Vec::new() };
     let bounds = request::bounds(state);
@@ -94,7 +102,6 @@ async fn prepare(
         text_goes_on: true,
         leases,
         notes,
-        started,
     })
 }
 
@@ -166,8 +173,8 @@ impl TextReply {
         let mut choices: Vec<Choice> = Vec::new();
         choices.resize_with(self.prompts.len() * n, Choice::default);
         let mut prompt_logprobs = vec![Vec::new(); self.prompts.len()];
-        while let Some((prompt, update)) = updates.next().await {
-            let update = update?;
+        while let Some(item) = updates.next().await {
+            let (prompt, update) = item?;
             self.tally.observe(prompt, &update);
             match update {
                 Update::Prompt { logprobs, .. } => {
@@ -275,7 +282,7 @@ impl TextReply {
         lists
     }
 
-    fn envelope<'a>(&'a self, choices: Vec<TextChoice<'a>>) -> Reply<'a, TextChoice<'a>> {
+    fn envelope<C>(&self, choices: C) -> Reply<'_, C> {
         Reply {
             id: &self.id,
             object: "text_completion",
@@ -292,8 +299,8 @@ impl TextReply {
     }
 }
 
-impl stream::Encoder for TextReply {
-    fn update(&mut self, prompt: usize, update: Update, chunks: &mut Vec<String>) {
+impl Encoder for TextReply {
+    fn update(&mut self, prompt: usize, update: Update, events: &mut Events) {
         self.tally.observe(prompt, &update);
         let ids = self.settings.return_token_ids;
         match update {
@@ -310,7 +317,7 @@ impl stream::Encoder for TextReply {
                         prompt_token_ids: ids.then_some(&self.prompts[prompt].ids[..]),
                         ..empty_choice(self.tally.index(prompt, choice))
                     };
-                    chunks.extend(serde_json::to_string(&self.envelope(vec![choice])));
+                    events.json(&self.envelope([choice]));
                 }
             }
             Update::Delta { choice, text, token, finish } => {
@@ -334,22 +341,22 @@ impl stream::Encoder for TextReply {
                 let reply = Reply {
                     system_fingerprint: last.then(|| self.tally.fingerprint.to_json()),
                     cartridges: if last { &self.tally.cartridges } else { &[] },
-                    ..self.envelope(vec![choice])
+                    ..self.envelope([choice])
                 };
-                chunks.extend(serde_json::to_string(&reply));
+                events.json(&reply);
             }
         }
     }
 
-    fn finish(&mut self, chunks: &mut Vec<String>) {
+    fn finish(&mut self, events: &mut Events) {
         if self.settings.include_usage {
-            let reply = Reply {
+            let reply = Reply::<[TextChoice<'_>; 0]> {
                 usage: Some(self.tally.usage()),
                 system_fingerprint: Some(self.tally.fingerprint.to_json()),
                 cartridges: &self.tally.cartridges,
-                ..self.envelope(Vec::new())
+                ..self.envelope([])
             };
-            chunks.extend(serde_json::to_string(&reply));
+            events.json(&reply);
         }
     }
 }

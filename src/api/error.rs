@@ -5,14 +5,17 @@ use std::borrow::Cow;
 
 use axum::{
     Json,
-    http::{HeaderValue, StatusCode, header::RETRY_AFTER},
+    http::{
+        HeaderValue, StatusCode,
+        header::{CONNECTION, RETRY_AFTER},
+    },
     response::{IntoResponse, Response},
 };
 use serde_json::{Value, json};
 
 use crate::{cartridge::CartridgeError, engine::EngineError, limits, text::TextError};
 
-/// Seconds a client is told to wait when the queue is full.
+/// Seconds a client is told to wait when the queue is full, unless it is known better.
 const RETRY_QUEUE_SECONDS: u64 = 1;
 /// Seconds a client is told to wait when this process is going away (another one may take over).
 const RETRY_SHUTDOWN_SECONDS: u64 = 5;
@@ -80,6 +83,18 @@ impl ApiError {
                 StatusCode::PAYLOAD_TOO_LARGE,
                 "invalid_request_error",
                 format!("the request body is larger than {limit} bytes"),
+            )
+        }
+    }
+
+    /// 408 for a body that does not come.
+    pub fn body_timeout(seconds: u64) -> Self {
+        Self {
+            code: Some("body_timeout"),
+            ..Self::new(
+                StatusCode::REQUEST_TIMEOUT,
+                "invalid_request_error",
+                format!("the request body did not arrive within {seconds} seconds"),
             )
         }
     }
@@ -172,7 +187,8 @@ fn clip(text: &str) -> Cow<'_, str> {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        if self.status.is_server_error() {
+        // A drain is no fault; every request that comes meanwhile would be a line.
+        if self.status.is_server_error() && self.status != StatusCode::SERVICE_UNAVAILABLE {
             tracing::error!(
                 status = self.status.as_u16(),
                 code = self.code,
@@ -183,6 +199,10 @@ impl IntoResponse for ApiError {
         let mut response = (self.status, Json(self.body())).into_response();
         if let Some(seconds) = self.retry_after {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.code == Some("shutting_down") {
+            // The next request of this client should find another server.
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         response
     }

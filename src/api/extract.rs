@@ -1,6 +1,6 @@
 //! JSON bodies: errors that say where, and the names of fields that nothing reads.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use axum::{
     body::Bytes,
@@ -22,7 +22,12 @@ impl<S: Send + Sync> FromRequest<S> for Body {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        match Bytes::from_request(request, state).await {
+        let limit = limits::BODY_READ_SECONDS;
+        let body = Bytes::from_request(request, state);
+        let Ok(body) = tokio::time::timeout(Duration::from_secs(limit), body).await else {
+            return Err(ApiError::body_timeout(limit));
+        };
+        match body {
             Ok(bytes) => Ok(Self(bytes)),
             Err(e) if e.status() == StatusCode::PAYLOAD_TOO_LARGE => {
                 Err(ApiError::body_too_large(limits::MAX_BODY_BYTES))

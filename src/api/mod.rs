@@ -13,11 +13,16 @@ mod error;
 mod extract;
 mod generate;
 mod health;
+mod in_flight;
+mod life;
+mod listen;
 mod logprobs;
-pub mod metrics;
+mod metrics;
 mod models;
 pub mod openai;
 mod request;
+mod request_id;
+mod router_metrics;
 mod state;
 mod stream;
 mod tally;
@@ -36,6 +41,9 @@ use axum::{
 use tower_http::catch_panic::CatchPanicLayer;
 
 pub use error::ApiError;
+pub use in_flight::InFlight;
+pub use listen::{ListenOptions, Shutdown, serve};
+pub use metrics::Metrics;
 pub use state::{ApiOptions, AppState, Readiness, ServedModel};
 
 use crate::limits;
@@ -64,7 +72,8 @@ pub fn router(state: Arc<AppState>) -> Router {
         .fallback(async || ApiError::not_found("there is no such route"))
         .layer(DefaultBodyLimit::max(limits::MAX_BODY_BYTES))
         .layer(CatchPanicLayer::custom(on_panic))
-        .layer(middleware::from_fn(metrics::count))
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), metrics::count))
+        .layer(middleware::from_fn(request_id::attach))
         .with_state(state)
 }
 

@@ -1,7 +1,7 @@
 //! What chat and text completions have in common between parsing and replying: the model's name, the
 //! cartridges, the prompt's tokens, the engine, the headers.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use axum::{
     http::{HeaderName, HeaderValue},
@@ -13,6 +13,7 @@ use super::{
     cartridges::{self, ModelName},
     error::ApiError,
     generate::{Assembly, TextOptions},
+    life::{self, Life},
     logprobs::{TokenStyle, TokenWriter},
     openai::{
         params::{Bounds, Settings, token_budget},
@@ -50,7 +51,6 @@ pub struct Prepared {
     pub text_goes_on: bool,
     pub leases: Vec<Lease>,
     pub notes: Notes,
-    pub started: Instant,
 }
 
 /// The bounds that requests are validated against.
@@ -121,6 +121,7 @@ impl Prepared {
     pub fn submit(
         &self,
         state: &AppState,
+        mut life: Life,
         default_max_tokens: Option<usize>,
     ) -> Result<Updates, ApiError> {
         let s = &self.settings;
@@ -134,6 +135,7 @@ impl Prepared {
             .map(|&len| token_budget(s.max_tokens, default_max_tokens, len, cartridge, limit))
             .collect::<Result<Vec<_>, _>>()?;
         s.check_work(&lengths, budgets.iter().copied().max().unwrap_or(0))?;
+        life.submitting(&self.model_name, s, &lengths, &self.leases);
         let text = TextOptions {
             n: s.n,
             stop: s.stop.clone(),
@@ -159,12 +161,17 @@ impl Prepared {
                 sampling,
                 stop_token_ids: [&s.eos_token_ids[..], &s.stop_token_ids].concat(),
                 logprobs: s.logprobs.options(),
-                priority: Default::default(),
+                priority: s.priority,
+            });
+            let stream = stream.map_err(|error| {
+                let error = life::refused(state, error);
+                life.failed(&error);
+                error
             })?;
             let context: &[u32] = if self.text_goes_on { &prompt.ids } else { &[] };
             streams.push((stream, Assembly::new(&state.model.tokenizer, &text, context)));
         }
-        Ok(Updates::new(streams, self.started))
+        Ok(Updates::new(streams, life))
     }
 
     fn prompt_lengths(&self) -> Vec<usize> {

@@ -2,15 +2,13 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicU8, Ordering},
 };
 
-use metrics_exporter_prometheus::PrometheusHandle;
-
-use super::error::ApiError;
+use super::{error::ApiError, in_flight::InFlight, metrics::Metrics};
 use crate::{
     cartridge::Registry,
-    engine::EngineHandle,
+    engine::{EngineError, EngineHandle},
     limits,
     text::{ChatTemplate, Tokenizer},
 };
@@ -58,17 +56,24 @@ impl Default for ApiOptions {
     }
 }
 
-/// Whether the server takes new generation requests. Clones share one flag, which is false at first.
+/// Whether the server takes new generation requests: not at first, and never again once it drains. Clones
+/// share one state.
 #[derive(Debug, Clone, Default)]
-pub struct Readiness(Arc<AtomicBool>);
+pub struct Readiness(Arc<AtomicU8>);
+
+const STARTING: u8 = 0;
+const READY: u8 = 1;
+const DRAINING: u8 = 2;
 
 impl Readiness {
-    pub fn set(&self, ready: bool) {
-        self.0.store(ready, Ordering::Relaxed);
+    /// The model answers.
+    pub fn set_ready(&self) {
+        let _ = self.0.compare_exchange(STARTING, READY, Ordering::SeqCst, Ordering::SeqCst);
     }
 
-    pub fn get(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+    /// The server is going away.
+    pub fn drain(&self) {
+        self.0.store(DRAINING, Ordering::SeqCst);
     }
 }
 
@@ -78,11 +83,10 @@ pub struct AppState {
     pub registry: Arc<Registry>,
     pub model: Arc<ServedModel>,
     pub options: ApiOptions,
-    /// Set once the model answers, cleared when the server drains; while it is not set `/health/ready` and
-    /// the generation routes answer 503.
+    /// While it says no, `/health/ready` and the generation routes answer 503.
     pub ready: Readiness,
-    /// Renders `/metrics`; `None` answers 404 there.
-    pub metrics: Option<PrometheusHandle>,
+    pub metrics: Arc<Metrics>,
+    pub in_flight: Arc<InFlight>,
     /// Unix seconds of the start, shown as the model's `created`.
     pub started: u64,
 }
@@ -95,11 +99,14 @@ impl AppState {
     }
 
     /// 503 while starting or draining.
-    pub(super) fn check_ready(&self) -> Result<(), ApiError> {
-        if self.ready.get() {
-            return Ok(());
+    pub fn check_ready(&self) -> Result<(), ApiError> {
+        match self.ready.0.load(Ordering::SeqCst) {
+            READY => Ok(()),
+            DRAINING => Err(EngineError::ShuttingDown.into()),
+            _ => {
+                let message = "the server is starting";
+                Err(ApiError { code: Some("not_ready"), ..ApiError::unavailable(message) })
+            }
         }
-        let message = "the server is starting or shutting down";
-        Err(ApiError { code: Some("not_ready"), ..ApiError::unavailable(message) })
     }
 }

@@ -3,7 +3,6 @@
 use super::{
     generate::Update,
     logprobs::Fingerprint,
-    metrics,
     openai::{
         params::Settings,
         reply::{CartridgeUsed, PromptTokensDetails, Usage},
@@ -26,7 +25,6 @@ impl Tally {
         let choices = prompts.len() * settings.n;
         let logprobs = &settings.logprobs;
         let prompt_tokens = prompts.iter().sum();
-        metrics::prompt_tokens(prompt_tokens);
         Self {
             fingerprint: Fingerprint::new(choices, logprobs.in_fingerprint, logprobs.top),
             cartridges,
@@ -45,19 +43,12 @@ impl Tally {
     /// Counts an update.
     pub fn observe(&mut self, prompt: usize, update: &Update) {
         match update {
-            Update::Prompt { cached_tokens, .. } => {
-                self.cached_tokens += cached_tokens;
-                metrics::cached_tokens(*cached_tokens);
-            }
+            Update::Prompt { cached_tokens, .. } => self.cached_tokens += cached_tokens,
             Update::Delta { choice, token, finish, .. } => {
                 if let Some((token, _)) = token {
                     self.fingerprint.push(self.index(prompt, *choice), token);
-                    metrics::completion_token();
                 }
-                if let Some(finish) = finish {
-                    self.open -= 1;
-                    metrics::choice_finished(finish.reason);
-                }
+                self.open -= usize::from(finish.is_some());
             }
         }
     }

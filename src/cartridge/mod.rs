@@ -35,7 +35,7 @@ pub use format::{read_cartridge, read_cartridge_bytes};
 pub use intake::{Intake, Keep, Outline};
 pub use lease::Lease;
 pub use reference::{CartridgeRef, Origin, Source};
-pub use registry::{CartridgeInfo, Registry, RegistryOptions};
+pub use registry::{CartridgeInfo, Registry, RegistryOptions, RegistryStats};
 pub use safetensors_file::write_safetensors;
 pub use sanitize::folder_name;
 pub use sources::{FileSource, LocalFolder, RemoteSource, Stamp};

@@ -65,6 +65,23 @@ pub struct CartridgeInfo {
     pub leases: usize,
 }
 
+/// A momentary reading of a registry, for metrics.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RegistryStats {
+    /// Cartridges in memory, replaced ones that are still leased included.
+    pub resident: usize,
+    /// Bytes they take.
+    pub bytes: u64,
+    /// Bytes they may take.
+    pub budget: u64,
+    /// Leases on them.
+    pub leases: usize,
+    /// Files read since the start, loads that failed, cartridges that were evicted.
+    pub loads: u64,
+    pub load_failures: u64,
+    pub evictions: u64,
+}
+
 /// How often a call that joined a load of an older file waits for another one.
 const MAX_TRIES: usize = 4;
 
@@ -218,6 +235,11 @@ impl Registry {
         list
     }
 
+    /// What is in memory and what happened so far; nothing is looked up outside of it.
+    pub fn stats(&self) -> RegistryStats {
+        self.lock().stats()
+    }
+
     /// Waits for the load of a folder, starting it if there is none. True: this call started it.
     fn join_flight(
         self: &Arc<Self>,
@@ -239,6 +261,7 @@ impl Registry {
                 // A task of its own: it outlives a caller that disconnects.
                 tokio::spawn(async move {
                     let loaded = landing.registry.load(&landing.folder, &wanted).await;
+                    landing.registry.lock().count_load(loaded.is_ok());
                     drop(landing);
                     sender.send_replace(Some(loaded));
                 });

@@ -9,7 +9,8 @@ use std::{
 };
 
 use super::{
-    Cartridge, CartridgeError, CartridgeInfo, Generation, Origin, Outline, Stamp, error::UNNAMED,
+    Cartridge, CartridgeError, CartridgeInfo, Generation, Origin, Outline, RegistryStats, Stamp,
+    error::UNNAMED,
 };
 
 pub(super) struct Residents {
@@ -23,6 +24,9 @@ pub(super) struct Residents {
     /// Loaded files, by folder name (several ids can lead to one folder).
     files: HashMap<String, FileName>,
     held: HashMap<Generation, Held>,
+    loads: u64,
+    load_failures: u64,
+    evictions: u64,
 }
 
 struct FileName {
@@ -38,6 +42,12 @@ struct Held {
     /// The last name it had, for the list.
     id: String,
     origin: Origin,
+}
+
+impl Held {
+    fn is_kept(&self) -> bool {
+        matches!(self.memory, Memory::Kept(_))
+    }
 }
 
 enum Memory {
@@ -67,7 +77,38 @@ impl Memory {
 impl Residents {
     pub fn new(budget: u64) -> Self {
         let (inserted, files, held) = (HashMap::new(), HashMap::new(), HashMap::new());
-        Self { budget, reserved: 0, clock: 0, inserted, files, held }
+        let (loads, load_failures, evictions) = (0, 0, 0);
+        Self {
+            budget,
+            reserved: 0,
+            clock: 0,
+            inserted,
+            files,
+            held,
+            loads,
+            load_failures,
+            evictions,
+        }
+    }
+
+    /// Counts a load by how it ended.
+    pub fn count_load(&mut self, succeeded: bool) {
+        let count = if succeeded { &mut self.loads } else { &mut self.load_failures };
+        *count += 1;
+    }
+
+    /// A reading for the metrics.
+    pub fn stats(&self) -> RegistryStats {
+        let alive = || self.held.values().filter(|held| held.memory.leases() > 0 || held.is_kept());
+        RegistryStats {
+            resident: alive().count(),
+            bytes: alive().map(|held| held.bytes).sum(),
+            budget: self.budget,
+            leases: self.held.values().map(|held| held.memory.leases()).sum(),
+            loads: self.loads,
+            load_failures: self.load_failures,
+            evictions: self.evictions,
+        }
     }
 
     /// The inserted cartridge of an id.
@@ -136,6 +177,7 @@ impl Residents {
         for generation in &evicted {
             self.held.remove(generation);
         }
+        self.evictions += evicted.len() as u64;
         self.files.retain(|_, file| !evicted.contains(&file.generation));
         self.reserved += bytes;
         Ok(())

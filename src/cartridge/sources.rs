@@ -126,6 +126,25 @@ impl LocalFolder {
     }
 }
 
+impl LocalFolder {
+    /// Opens the file of an id; its folder comes with it. One that is replaced or removed at this very moment
+    /// is looked for again.
+    fn open(&self, id: &str) -> Result<(PathBuf, File, Stamp), CartridgeError> {
+        let mut tries = OPEN_TRIES;
+        loop {
+            let Some((folder, path)) = self.locate(id)? else {
+                return Err(not_found(id));
+            };
+            tries -= 1;
+            match open_regular(&path) {
+                Ok((file, stamp)) => return Ok((folder, file, stamp)),
+                Err(error) if tries == 0 => return Err(error),
+                Err(_) => {}
+            }
+        }
+    }
+}
+
 impl FileSource for LocalFolder {
     fn stamp(&self, id: &str) -> Result<Option<Stamp>, CartridgeError> {
         let Some((_, file)) = self.locate(id).map_err(|e| e.named(id))? else {
@@ -138,14 +157,11 @@ impl FileSource for LocalFolder {
 
     fn read(&self, id: &str, intake: &mut Intake<'_>) -> Result<Stamp, CartridgeError> {
         let mut read = || {
-            let Some((folder, path)) = self.locate(id)? else {
-                return Err(not_found(id));
-            };
-            let (file, stamp) = open_regular(&path)?;
+            let (folder, file, stamp) = self.open(id)?;
             let again = file.try_clone().map_err(|e| CartridgeError::io("open the file", &e))?;
             let read = read_file(file, intake);
-            let after = again.metadata().map_err(|e| CartridgeError::io("read the file", &e))?;
-            if Stamp::from(&after) != stamp {
+            let same = is_unchanged(&again, stamp);
+            if !same.map_err(|e| CartridgeError::io("read the file", &e))? {
                 let changed =
                     std::io::Error::other("it changed meanwhile; replace files by rename");
                 return Err(CartridgeError::io("read the file", &changed));
@@ -177,6 +193,9 @@ impl FileSource for LocalFolder {
         ids
     }
 }
+
+/// How often a file is looked for that is gone, or another, when it is opened.
+const OPEN_TRIES: usize = 3;
 
 const ID_BYTES: u64 = limits::MAX_CARTRIDGE_ID_BYTES as u64;
 
@@ -250,6 +269,18 @@ fn open_regular(path: &Path) -> Result<(File, Stamp), CartridgeError> {
     Ok((file, stamp))
 }
 
+/// Whether an open file still has the content it was opened with. Replacing or removing it under its name
+/// marks the inode as changed too, since it has a link less, but what was opened stays as it was.
+fn is_unchanged(file: &File, opened: Stamp) -> std::io::Result<bool> {
+    let now = file.metadata()?;
+    let (mut expected, now_stamp) = (opened, Stamp::from(&now));
+    #[cfg(unix)]
+    if std::os::unix::fs::MetadataExt::nlink(&now) == 0 {
+        expected.inode[2] = now_stamp.inode[2];
+    }
+    Ok(now_stamp == expected)
+}
+
 /// A small regular text file; `None` where there is none.
 fn read_small(path: &Path, limit: u64) -> Result<Option<String>, CartridgeError> {
     use std::io::Read;
@@ -284,5 +315,27 @@ fn complete_from_config(folder: &Path, id: &str, tokens: usize, provenance: &mut
             }
         }
         Err(warning) => tracing::warn!(id, "{warning}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_replaced_by_rename_while_it_is_read_is_not_taken_for_a_rewritten_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, other) = (dir.path().join("a"), dir.path().join("b"));
+        std::fs::write(&path, "one").unwrap();
+        let (file, stamp) = open_regular(&path).unwrap();
+        assert!(is_unchanged(&file, stamp).unwrap());
+        std::fs::write(&other, "two").unwrap();
+        std::fs::rename(&other, &path).unwrap();
+        assert!(is_unchanged(&file, stamp).unwrap());
+        let (file, stamp) = open_regular(&path).unwrap();
+        std::fs::write(&path, "three").unwrap();
+        assert!(!is_unchanged(&file, stamp).unwrap(), "rewritten in place");
+        std::fs::remove_file(&path).unwrap();
+        assert!(!is_unchanged(&file, stamp).unwrap(), "rewritten, then removed");
     }
 }

@@ -18,7 +18,9 @@ use tokio::net::TcpListener;
 use super::CliError;
 use super::config::ConfigFile;
 use super::runtime::{Runtime, RuntimeOptions};
-use crate::api::{self, ApiOptions, AppState, Readiness};
+use crate::api::{
+    self, ApiOptions, AppState, InFlight, ListenOptions, Metrics, Readiness, Shutdown,
+};
 use crate::model::ModelSource;
 use crate::{demo, limits};
 
@@ -73,6 +75,9 @@ struct ServerOptions {
     /// Seconds running requests get to finish after SIGTERM or Ctrl-C [default: 30]
     #[arg(long, env = "CARTOUCHE_DRAIN_SECONDS")]
     drain_seconds: Option<u64>,
+    /// Seconds a client may leave its reply unread before its request is cancelled [default: 60]
+    #[arg(long, env = "CARTOUCHE_CLIENT_STALL_SECONDS")]
+    client_stall_seconds: Option<u64>,
 }
 
 pub fn run(args: ServeArgs) -> Result<(), CliError> {
@@ -86,9 +91,6 @@ pub fn run(args: ServeArgs) -> Result<(), CliError> {
     let runtime_options = file.complete(&args.runtime)?;
     let server = file.complete(&args.server)?;
     runtime_options.set_threads()?;
-    let metrics =
-        api::metrics::recorder_builder().ok().and_then(|builder| builder.install_recorder().ok());
-    api::metrics::describe();
     let host = server.host.as_deref().unwrap_or("127.0.0.1");
     let address = format!("{host}:{}", server.port.unwrap_or(10210));
     let tokio = tokio::runtime::Builder::new_multi_thread().enable_all().build();
@@ -98,7 +100,7 @@ pub fn run(args: ServeArgs) -> Result<(), CliError> {
     let listener = tokio.block_on(TcpListener::bind(&address));
     let listener = listener.map_err(|source| CliError::Listen { address, source })?;
     let runtime = runtime_options.start()?;
-    let result = tokio.block_on(serve(runtime, server, listener, metrics, started));
+    let result = tokio.block_on(serve(runtime, server, listener, started));
     // A load that hangs on a dead file system must not hold up the exit.
     tokio.shutdown_timeout(Duration::from_secs(1));
     result
@@ -108,7 +110,6 @@ async fn serve(
     runtime: Runtime,
     options: ServerOptions,
     listener: TcpListener,
-    metrics: Option<metrics_exporter_prometheus::PrometheusHandle>,
     started: Instant,
 ) -> Result<(), CliError> {
     let local = listener.local_addr().map_err(|source| CliError::System {
@@ -132,38 +133,34 @@ async fn serve(
                 .unwrap_or(defaults.allow_request_templates),
         },
         ready: ready.clone(),
-        metrics,
+        metrics: Arc::new(Metrics::default()),
+        in_flight: Arc::new(InFlight::default()),
         started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
     });
-    let mut router = api::router(state);
+    let mut router = api::router(Arc::clone(&state));
     if runtime.source == ModelSource::Demo {
         router = router.merge(demo_routes());
     }
-    ready.set(true);
+    ready.set_ready();
     announce(&runtime, local, started.elapsed());
 
-    let drain = Duration::from_secs(options.drain_seconds.unwrap_or(30));
-    let (stop, stopped) = tokio::sync::oneshot::channel();
-    let server = axum::serve(listener, router).with_graceful_shutdown(async {
-        let _ = stopped.await;
-    });
-    let mut server = tokio::spawn(async move { server.await });
-    let failed = |source| CliError::System { what: "the server failed", source };
-    tokio::select! {
-        result = &mut server => return result.unwrap_or(Ok(())).map_err(failed),
-        () = stop_signal() => {}
-    }
-    ready.set(false);
-    tracing::info!(seconds = drain.as_secs(), "stopping: running requests may finish");
-    let _ = stop.send(());
-    tokio::select! {
-        drained = tokio::time::timeout(drain, &mut server) => if drained.is_err() {
-            tracing::warn!("requests were still running after the drain time and are dropped");
-        },
-        () = stop_signal() => tracing::warn!("stopped at once; running requests are dropped"),
-    }
-    server.abort();
+    let seconds = |given: Option<u64>, default| Duration::from_secs(given.unwrap_or(default));
+    let options = ListenOptions {
+        client_stall: seconds(options.client_stall_seconds, limits::DEFAULT_CLIENT_STALL_SECONDS),
+        drain: seconds(options.drain_seconds, limits::DEFAULT_DRAIN_SECONDS),
+    };
+    let shutdown = Shutdown::default();
+    tokio::spawn(watch_signals(shutdown.clone()));
+    api::serve(listener, router, state, options, shutdown).await;
     Ok(())
+}
+
+/// The first signal drains, the second stops at once.
+async fn watch_signals(shutdown: Shutdown) {
+    stop_signal().await;
+    shutdown.drain();
+    stop_signal().await;
+    shutdown.at_once();
 }
 
 /// Resolves on SIGTERM or Ctrl-C.
@@ -229,14 +226,17 @@ fn announce(runtime: &Runtime, address: SocketAddr, start: Duration) {
     }
     println!(
         "limits      {} tokens of context, {} tokens of KV cache ({:.0} MiB), {} sequences at once, \
-         {} sequences waiting, bodies up to {} MiB",
+         {} sequences or {} prompt tokens waiting, bodies up to {} MiB",
         info.max_context,
         info.kv_tokens,
         mib(info.kv_bytes),
         info.max_running_sequences,
         info.max_queued_sequences,
+        info.max_queued_tokens,
         limits::MAX_BODY_BYTES >> 20
     );
+    let prefix_cache = if info.prefix_cache { "on" } else { "off" };
+    println!("prefix      cache of prompt beginnings: {prefix_cache}");
     if runtime.source == ModelSource::Demo {
         announce_demo(address);
     }

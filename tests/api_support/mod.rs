@@ -10,14 +10,13 @@ use axum::{
 };
 use candle_core::{DType, Device, Tensor};
 use cartouche::{
-    api::{ApiOptions, AppState, Readiness, ServedModel, metrics, router},
+    api::{ApiOptions, AppState, InFlight, Metrics, Readiness, ServedModel, router},
     cartridge::{Cartridge, LayerKv, Provenance, Registry, RegistryOptions},
     engine::{EngineOptions, start},
     limits,
     model::{LoadOptions, ModelSource, load},
 };
 use http_body_util::BodyExt;
-use metrics_exporter_prometheus::PrometheusHandle;
 use serde_json::Value;
 use tower::ServiceExt;
 
@@ -107,7 +106,7 @@ impl Server {
             max_file_bytes: limits::DEFAULT_MAX_CARTRIDGE_FILE_BYTES,
         });
         let ready = Readiness::default();
-        ready.set(true);
+        ready.set_ready();
         let state = Arc::new(AppState {
             engine: handle,
             registry,
@@ -120,7 +119,8 @@ impl Server {
             }),
             options,
             ready,
-            metrics: Some(recorder()),
+            metrics: Arc::new(Metrics::default()),
+            in_flight: Arc::new(InFlight::default()),
             started: 0,
         });
         let server = Self { router: router(Arc::clone(&state)), state };
@@ -209,14 +209,4 @@ pub fn merge(mut body: Value, extra: Value) -> Value {
         };
     }
     body
-}
-
-fn recorder() -> PrometheusHandle {
-    static RECORDER: OnceLock<PrometheusHandle> = OnceLock::new();
-    let install = || {
-        let handle = metrics::recorder_builder().unwrap().install_recorder().unwrap();
-        metrics::describe();
-        handle
-    };
-    RECORDER.get_or_init(install).clone()
 }

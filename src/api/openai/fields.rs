@@ -45,6 +45,7 @@ pub struct CommonFields {
     pub logprobs_ignore_temperature: Option<bool>,
     pub return_token_ids: Option<bool>,
     pub return_tokens_as_token_ids: Option<bool>,
+    pub priority: Option<Value>,
     pub stream: Option<bool>,
     pub stream_options: Option<Map<String, Value>>,
 }

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::{super::error::ApiError, fields::CommonFields};
 use crate::{
-    engine::{LogprobOptions, SamplingParams},
+    engine::{LogprobOptions, Priority, SamplingParams},
     limits,
 };
 
@@ -74,6 +74,7 @@ pub struct Settings {
     pub tokens_as_ids: bool,
     pub stream: bool,
     pub include_usage: bool,
+    pub priority: Priority,
 }
 
 impl Settings {
@@ -130,6 +131,7 @@ impl Settings {
             tokens_as_ids: f.return_tokens_as_token_ids.unwrap_or(false),
             stream,
             include_usage: include_usage(f)?,
+            priority: priority(f.priority.as_ref())?,
         })
     }
 
@@ -371,6 +373,25 @@ fn include_usage(f: &CommonFields) -> Result<bool, ApiError> {
         Some(_) => {
             let path = "stream_options.include_usage";
             Err(ApiError::invalid(path, format!("{path} must be true or false")))
+        }
+    }
+}
+
+/// A name, or vLLM's integer, of which lower ones go first: 0 (its default) and less are interactive.
+fn priority(value: Option<&Value>) -> Result<Priority, ApiError> {
+    match value {
+        None | Some(Value::Null) => Ok(Priority::default()),
+        Some(Value::String(name)) if name == "interactive" => Ok(Priority::Interactive),
+        Some(Value::String(name)) if name == "batch" => Ok(Priority::Batch),
+        Some(Value::Number(number)) if number.is_i64() || number.is_u64() => {
+            match number.as_i64() {
+                Some(..=0) => Ok(Priority::Interactive),
+                _ => Ok(Priority::Batch),
+            }
+        }
+        Some(_) => {
+            let message = "priority must be \"interactive\", \"batch\" or an integer";
+            Err(ApiError::invalid("priority", message))
         }
     }
 }

@@ -193,3 +193,24 @@ fn echo_alone_computes_no_log_probabilities() {
     let both = options(json!({"max_tokens": 5, "prompt_logprobs": 2}), None);
     assert_eq!(both.prompt_top, Some(2));
 }
+
+#[test]
+fn priorities_have_names_and_vllm_integers() {
+    for (value, expected) in [
+        (r#""interactive""#, Priority::Interactive),
+        (r#""batch""#, Priority::Batch),
+        ("0", Priority::Interactive),
+        ("-5", Priority::Interactive),
+        ("1", Priority::Batch),
+        ("18446744073709551615", Priority::Batch),
+        ("null", Priority::Interactive),
+    ] {
+        let value: Value = serde_json::from_str(value).unwrap();
+        assert_eq!(priority(Some(&value)).unwrap(), expected, "{value}");
+    }
+    assert_eq!(priority(None).unwrap(), Priority::Interactive);
+    for value in [r#""urgent""#, r#""""#, "1.5", "true", "[]", "{}"] {
+        let value: Value = serde_json::from_str(value).unwrap();
+        assert_eq!(priority(Some(&value)).unwrap_err().param.as_deref(), Some("priority"));
+    }
+}

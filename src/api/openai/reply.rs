@@ -40,14 +40,14 @@ impl From<&Lease> for CartridgeUsed {
     }
 }
 
-/// Chat completions, chunks, and text completions; `choices` tell them apart.
+/// Chat completions, chunks, and text completions; `choices` (a list of some kind) tell them apart.
 #[derive(Debug, Serialize)]
 pub struct Reply<'a, C> {
     pub id: &'a str,
     pub object: &'static str,
     pub created: u64,
     pub model: &'a str,
-    pub choices: Vec<C>,
+    pub choices: C,
     pub usage: Option<Usage>,
     pub system_fingerprint: Option<String>,
     pub service_tier: Option<()>,
