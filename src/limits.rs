@@ -80,3 +80,7 @@ pub const MAX_SAFETENSORS_HEADER_BYTES: u64 = 4 << 20;
 pub const MAX_CONCURRENT_CARTRIDGE_LOADS: usize = 4;
 /// Cartridge loads under way or waiting; the next one is answered with 503 and `Retry-After`.
 pub const MAX_PENDING_CARTRIDGE_LOADS: usize = 256;
+/// Bytes of one server-sent event, or of one whole reply, that `cartouche bench` reads; more is an error.
+pub const MAX_SSE_EVENT_BYTES: usize = 8 << 20;
+/// Clients of one level of `cartouche bench`: each holds a connection.
+pub const MAX_BENCH_CLIENTS: usize = 16_384;
