@@ -2,10 +2,13 @@
 
 mod bench_support;
 
+use std::time::{Duration, Instant};
+
+use bench_support::flood::flood;
 use bench_support::{Fake, LIMIT, Script};
 use cartouche::bench::{
-    Amount, Api, BenchError, Endpoint, Failure, Load, Plan, Prefix, PromptSource, Report, Target,
-    WorkloadOptions, csv, run, table,
+    Amount, Api, BenchError, Endpoint, Failure, Load, Plan, Prefix, PromptSource, Record, Report,
+    Sending, Target, WorkloadOptions, csv, perform, run, table,
 };
 use indicatif::ProgressBar;
 use serde_json::{Map, Value};
@@ -124,9 +127,9 @@ async fn requests_that_could_not_be_sent_in_time_have_waited_all_the_same() {
     let due = cartouche::bench::arrivals(400.0, 1, Amount::Requests(20));
     let opener = tokio::spawn(async move {
         while seen.lock().await.len() < 2 {
-            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        tokio::time::sleep(std::time::Duration::from_secs_f64(due[19])).await;
+        tokio::time::sleep(Duration::from_secs_f64(due[19])).await;
         open.send(true).unwrap();
         // Dropping the sender would open the gate too.
         open
@@ -209,7 +212,7 @@ async fn an_interrupted_run_keeps_what_was_measured() {
     let seen = std::sync::Arc::clone(&stuck.seen);
     tokio::spawn(async move {
         while seen.lock().await.len() < 3 {
-            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
         sender.send(true)
     });
@@ -248,4 +251,40 @@ fn urls_are_taken_with_and_without_v1_and_refused_where_they_cannot_work() {
         assert!(matches!(Endpoint::new(url, None), Err(BenchError::Url(_))), "{url}");
     }
     assert!(matches!(Endpoint::new("h", Some("a\nb")), Err(BenchError::Plan(_))));
+}
+
+#[test]
+#[ignore = "a measurement: cargo test --release --test bench -- --ignored --nocapture"]
+fn chunks_per_second_of_one_core() {
+    for (clients, chunks, pause) in [(1, 200_000, 0), (32, 20_000, 0), (32, 2_000, 1000)] {
+        let address = flood(chunks, Duration::from_micros(pause));
+        let (start, cpu) = (Instant::now(), thread_cpu_seconds());
+        let one = move |client| async move {
+            let endpoint = Endpoint::new(&address.to_string(), None).unwrap();
+            let sending = Sending { timeout: LIMIT, retries: 0 };
+            let mut record = Record::new(client, 0, 0.0);
+            let path = Api::Chat.path();
+            perform(&endpoint, &mut None, path, "{}".into(), start, sending, &mut record).await;
+            assert_eq!((&record.failure, record.chunks_s.len()), (&None, chunks));
+        };
+        let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        tokio.block_on(async {
+            let requests: tokio::task::JoinSet<()> = (0..clients).map(one).collect();
+            requests.join_all().await
+        });
+        let total = (chunks * clients) as f64;
+        println!(
+            "{clients} clients, {pause} us between chunks: {:.0} chunks/s, {:.0} per core-second",
+            total / start.elapsed().as_secs_f64(),
+            total / (thread_cpu_seconds() - cpu)
+        );
+    }
+}
+
+/// Processor seconds of this thread, which holds the client and not the server.
+fn thread_cpu_seconds() -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a live timespec, which the call fills in.
+    assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) }, 0);
+    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
 }

@@ -24,7 +24,7 @@ mod table;
 mod target;
 mod workload;
 
-pub use client::{Connection, Endpoint, perform};
+pub use client::{Connection, Endpoint, Sending, perform};
 pub use error::{BenchError, Failure};
 pub use files::{csv, write};
 pub use load::{Stop, arrivals, drive};

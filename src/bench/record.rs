@@ -67,10 +67,11 @@ impl Record {
         self.chunks_s.windows(2).map(|pair| pair[1] - pair[0])
     }
 
-    /// Seconds from the first to the last text, and the tokens that came after the first.
+    /// Seconds from the first text to the end, and the tokens that came in them. The end is that of the
+    /// stream, as the last tokens may have no text.
     pub fn decode(&self) -> Option<(f64, u64)> {
-        let (first, last) = (self.chunks_s.first()?, self.chunks_s.last()?);
+        let seconds = self.ended_s - self.chunks_s.first()?;
         let tokens = self.output_tokens.checked_sub(1)?;
-        (tokens > 0 && last > first).then_some((last - first, tokens))
+        (tokens > 0 && seconds > 0.0).then_some((seconds, tokens))
     }
 }

@@ -1,4 +1,7 @@
 //! Servers to measure: scripted ones that answer at once, late or badly.
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+pub mod flood;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -28,7 +31,7 @@ pub enum Script {
     ErrorEvent,
     /// 429 with `Retry-After: 0` to every other request, good otherwise.
     BusyByTurns,
-    /// Good from the first streamed request on for `0` requests, then 503.
+    /// Good for so many streamed requests, then 503.
     Breaks(usize),
     /// Good, but one request at a time, and none before the gate opens.
     Gated { tokens: usize, gate: watch::Receiver<bool> },
