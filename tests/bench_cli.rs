@@ -30,10 +30,12 @@ impl Server {
     fn start() -> Self {
         let mut serve = command(&["serve", "--port", "0"]);
         let mut child = serve.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let url = lines.map_while(Result::ok).find_map(|line| {
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let url = lines.find_map(|line| {
             Some(line.strip_prefix("Cartouche ")?.split_once(" on ")?.1.to_owned())
         });
+        // A server that nobody listens to any more cannot print the rest.
+        std::thread::spawn(move || lines.for_each(drop));
         Self { child, url: url.unwrap() }
     }
 
