@@ -9,6 +9,7 @@
 //! |---|---|---|
 //! | [`cli`] | one file per command | everything below |
 //! | [`api`] | HTTP: wire types, handlers, streaming, error bodies | `engine`, `cartridge`, `text` |
+//! | [`bench`] | the load generator: measures any OpenAI-compatible URL | block size of `engine` |
 //! | [`engine`] | the loop that turns requests into tokens | `model`, `cartridge`, `ops` |
 //! | [`model`] | one decoder for the Llama family and Qwen | `ops`, `text`, shapes and KV of `cartridge` |
 //! | [`cartridge`] | the artifact, its file formats, the registry | candle only |
@@ -18,6 +19,7 @@
 //! `docs/architecture.md` holds the invariants and where each one is enforced.
 
 pub mod api;
+pub mod bench;
 pub mod cartridge;
 pub mod cli;
 pub mod demo;

@@ -107,3 +107,7 @@ pub const MAX_METRIC_CARTRIDGE_BYTES: usize = 4096;
 pub const STREAM_WRITE_BYTES: usize = 16 << 10;
 /// Seconds a refused client is told to wait at most.
 pub const MAX_RETRY_AFTER_SECONDS: u64 = 60;
+/// Bytes of one server-sent event, or of one whole reply, that `cartouche bench` reads; more is an error.
+pub const MAX_SSE_EVENT_BYTES: usize = 8 << 20;
+/// Clients of one level of `cartouche bench`: each holds a connection.
+pub const MAX_BENCH_CLIENTS: usize = 16_384;

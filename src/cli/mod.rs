@@ -3,6 +3,7 @@
 //! Options come from four places, the first that sets a value wins: flags, `CARTOUCHE_*` environment
 //! variables, the YAML file given with `--config`, built-in defaults.
 
+mod bench;
 mod cartridge;
 mod chat;
 mod config;
@@ -34,6 +35,7 @@ enum Command {
     Chat(Box<chat::ChatArgs>),
     Cartridge(cartridge::CartridgeArgs),
     Eval(Box<eval::EvalArgs>),
+    Bench(Box<bench::BenchArgs>),
 }
 
 /// Parses the command line, runs the command and reports its error. The whole of `main`.
@@ -54,6 +56,7 @@ pub fn main() -> ExitCode {
         Command::Chat(args) => chat::run(*args),
         Command::Cartridge(args) => cartridge::run(args),
         Command::Eval(args) => eval::run(*args),
+        Command::Bench(args) => bench::run(*args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

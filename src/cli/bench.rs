@@ -1,0 +1,419 @@
+//! `cartouche bench`: options of the load generator.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Map, Value};
+use tokio::sync::watch;
+
+use super::CliError;
+use crate::bench::{
+    self, Amount, Api, Endpoint, Load, Plan, Prefix, PromptSource, Target, WorkloadOptions,
+};
+use crate::limits;
+
+/// Measure an OpenAI-compatible server under load: throughput, time to first token, inter-token latency
+///
+/// Works with any server that streams chat or text completions (this one, llama.cpp, vLLM, ...). Several
+/// --target are measured in turns with the same requests. Plain http only.
+///
+/// Percentiles are nearest-rank. Rates are over the time in which all clients were busy. TTFT is the time
+/// to the first chunk with text; ITL the time between such chunks; TPOT the time per token after the first.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  cartouche bench --clients 1,8,32 --out results
+  cartouche bench --target ours=http://127.0.0.1:10210 --target llama.cpp=http://127.0.0.1:8080 --repeat 3
+  cartouche bench --rate 2,4,8 --seconds 30 --prompt-tokens 512
+  cartouche bench --scenario shared --prefix cartridge --cartridge harbour-log --clients 1,8,32
+  cartouche bench --scenario distinct --prefix text --prefix-tokens 2048 --clients fill")]
+pub struct BenchArgs {
+    /// The server: http://host:port, with or without /v1
+    #[arg(long, default_value = "http://127.0.0.1:10210", conflicts_with = "targets")]
+    url: String,
+    /// A server and what to call it, LABEL=URL; may be repeated, and ratios are to the first
+    #[arg(long = "target", value_name = "LABEL=URL", value_parser = parse_target)]
+    targets: Vec<(String, String)>,
+    /// Model to ask for [default: the first that each server lists]
+    #[arg(long)]
+    model: Option<String>,
+    /// Sent as `Authorization: Bearer`; left out of the report
+    #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    #[arg(long, value_enum, default_value = "chat")]
+    endpoint: EndpointArg,
+
+    /// Closed loop: numbers of clients, each sending when its last request is answered; `fill` takes as
+    /// many as the KV cache holds [default: 1]
+    #[arg(long, value_delimiter = ',', conflicts_with = "rates", help_heading = "Load")]
+    clients: Vec<ClientsArg>,
+    /// Open loop: requests per second at random (Poisson) times; latency counts from the intended time
+    #[arg(long = "rate", value_delimiter = ',', value_parser = positive, help_heading = "Load")]
+    rates: Vec<f64>,
+    /// Requests on their way at most in the open loop; later ones wait, and the wait is latency
+    #[arg(long, default_value_t = 256, value_parser = at_least_1, help_heading = "Load")]
+    max_outstanding: usize,
+    /// Requests of each client (closed loop) or of each level (open loop) [default: 10, or 100]
+    #[arg(long, conflicts_with = "seconds", value_parser = at_least_1, help_heading = "Load")]
+    requests: Option<usize>,
+    /// Seconds of each level; requests that have started are finished
+    #[arg(long, value_parser = positive, help_heading = "Load")]
+    seconds: Option<f64>,
+    /// Unmeasured requests of each client before a closed level, in all before an open one
+    #[arg(long, default_value_t = 1, help_heading = "Load")]
+    warmup: usize,
+    /// Times each level is measured on each target; medians are shown
+    #[arg(long, default_value_t = 1, value_parser = at_least_1, help_heading = "Load")]
+    repeat: usize,
+    /// Seconds after which a request has failed
+    #[arg(long, default_value_t = 600.0, value_parser = positive, help_heading = "Load")]
+    timeout: f64,
+    /// Times a 429 is waited out as its Retry-After says; the wait is latency
+    #[arg(long, default_value_t = 0, help_heading = "Load")]
+    retry_429: u32,
+
+    /// Prompt tokens without prefix, as the server counts them: random words [default: 128; with a
+    /// prefix 32]
+    #[arg(long, value_parser = at_least_1, help_heading = "Requests")]
+    prompt_tokens: Option<usize>,
+    /// JSON lines of prompts instead: "...", {"prompt": "..."} or {"messages": [...]}
+    #[arg(long, conflicts_with = "prompt_tokens", help_heading = "Requests")]
+    prompt_file: Option<PathBuf>,
+    /// Send the same prompt every time, not one of its own for each request
+    #[arg(long, help_heading = "Requests")]
+    same_prompt: bool,
+    /// Tokens of each answer (max_tokens)
+    #[arg(long, default_value_t = 128, value_parser = at_least_1, help_heading = "Requests")]
+    output_tokens: usize,
+    /// Let answers end early: do not send ignore_eos and min_tokens
+    #[arg(long, help_heading = "Requests")]
+    allow_eos: bool,
+    #[arg(long, default_value_t = 0.0, help_heading = "Requests")]
+    temperature: f64,
+    /// Seed of prompts and arrival times, and of sampling if the temperature is above 0
+    #[arg(long, default_value_t = 0, help_heading = "Requests")]
+    seed: u64,
+    /// JSON object merged into each body; null removes a field
+    #[arg(long, value_parser = parse_object, help_heading = "Requests")]
+    extra_body: Option<Object>,
+
+    /// What clients have in common: nothing; a long prefix each of its own; one prefix for all
+    #[arg(long, value_enum, default_value = "plain", help_heading = "Prefixes")]
+    scenario: Scenario,
+    /// The prefix: random words in the prompt, or a cartridge
+    #[arg(long, value_enum, default_value = "text", help_heading = "Prefixes")]
+    prefix: PrefixArg,
+    /// Tokens of a prefix; of a cartridge, only `--clients fill` needs it
+    #[arg(long, value_parser = at_least_1, help_heading = "Prefixes")]
+    prefix_tokens: Option<usize>,
+    /// Cartridge id; `{client}` stands for the client's number from 0
+    #[arg(long, help_heading = "Prefixes")]
+    cartridge: Option<String>,
+    /// File with a cartridge id on each line; client i takes line i
+    #[arg(long, conflicts_with = "cartridge", help_heading = "Prefixes")]
+    cartridges_file: Option<PathBuf>,
+    #[arg(long, default_value = "local", help_heading = "Prefixes")]
+    cartridge_source: String,
+    /// Tokens of KV cache for `--clients fill` [default: as the first target's /metrics says]
+    #[arg(long, help_heading = "Prefixes")]
+    kv_tokens: Option<usize>,
+    /// KV tokens that `--clients fill` leaves free
+    #[arg(long, default_value_t = 0, help_heading = "Prefixes")]
+    reserve: usize,
+
+    /// Write bench.csv, bench.json and bench.html into this folder
+    #[arg(long, help_heading = "Output")]
+    out: Option<PathBuf>,
+    /// Put every request into bench.json
+    #[arg(long, requires = "out", help_heading = "Output")]
+    raw: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum EndpointArg {
+    Chat,
+    Completions,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Scenario {
+    Plain,
+    Distinct,
+    Shared,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum PrefixArg {
+    Text,
+    Cartridge,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum ClientsArg {
+    Number(usize),
+    Fill,
+}
+
+impl std::str::FromStr for ClientsArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "fill" { Ok(Self::Fill) } else { at_least_1(text).map(Self::Number) }
+    }
+}
+
+/// clap would take a bare map for an option with many values.
+type Object = Box<Map<String, Value>>;
+
+fn parse_object(text: &str) -> Result<Object, String> {
+    serde_json::from_str(text).map(Box::new).map_err(|e| format!("not a JSON object: {e}"))
+}
+
+fn parse_target(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((label, url)) if !label.is_empty() => Ok((label.to_owned(), url.to_owned())),
+        _ => Err("expected LABEL=URL".to_owned()),
+    }
+}
+
+fn at_least_1(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("expected a whole number from 1".to_owned()),
+        Ok(number) => Ok(number),
+    }
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number > 0.0 && number.is_finite() => Ok(number),
+        _ => Err("expected a number above 0".to_owned()),
+    }
+}
+
+pub fn run(args: BenchArgs) -> Result<(), CliError> {
+    // One thread: the client takes at most one core from the server it measures.
+    let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let tokio = tokio
+        .map_err(|source| CliError::System { what: "cannot start the async runtime", source })?;
+    let started = chrono::Local::now();
+    let (plan, report) = tokio.block_on(async {
+        let plan = args.plan().await?;
+        let (sender, stop) = watch::channel(false);
+        tokio::spawn(async move {
+            if tokio::signal::ctrl_c().await.is_ok() {
+                let _ = sender.send(true);
+            }
+        });
+        let report = bench::run(&plan, &progress_bar(), stop).await?;
+        Ok::<_, CliError>((plan, report))
+    })?;
+    print!("{}", bench::table(&report));
+    if let Some(folder) = &args.out {
+        bench::write(folder, &plan, &report, started, &command_line())?;
+        println!("written: {}/bench.csv, bench.json, bench.html", folder.display());
+    }
+    Ok(report.verdict()?)
+}
+
+fn progress_bar() -> ProgressBar {
+    let bar = ProgressBar::no_length();
+    // indicatif itself draws nothing where standard error is not a terminal.
+    if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}") {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// How this was called, without the key.
+fn command_line() -> Vec<String> {
+    let mut hide = false;
+    let show = |arg: String| {
+        let hidden = std::mem::replace(&mut hide, arg == "--api-key");
+        match arg.starts_with("--api-key=") {
+            true => "--api-key=***".to_owned(),
+            false if hidden => "***".to_owned(),
+            false => arg,
+        }
+    };
+    std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).map(show).collect()
+}
+
+fn usage(message: &str) -> CliError {
+    CliError::Usage(message.to_owned())
+}
+
+impl BenchArgs {
+    async fn plan(&self) -> Result<Plan, CliError> {
+        let targets = self.target_list()?;
+        let amount = match (self.seconds, self.requests) {
+            (Some(seconds), _) => Amount::Seconds(seconds),
+            (None, Some(requests)) => Amount::Requests(requests),
+            (None, None) => Amount::Requests(if self.rates.is_empty() { 10 } else { 100 }),
+        };
+        let prompt_tokens = self.prompt_tokens.unwrap_or(match self.scenario {
+            Scenario::Plain => 128,
+            Scenario::Distinct | Scenario::Shared => 32,
+        });
+        let levels = self.levels(&targets, prompt_tokens).await?;
+        let clients = levels.iter().map(|load| match load {
+            Load::Closed { clients } => *clients,
+            Load::Open { .. } => 1,
+        });
+        let prefix = self.prefix(clients.max().unwrap_or(1))?;
+        Ok(Plan {
+            targets,
+            levels,
+            amount,
+            warmup: self.warmup,
+            repeat: self.repeat,
+            timeout_s: self.timeout,
+            retry_429: self.retry_429,
+            model: self.model.clone(),
+            workload: WorkloadOptions {
+                api: match self.endpoint {
+                    EndpointArg::Chat => Api::Chat,
+                    EndpointArg::Completions => Api::Completions,
+                },
+                prompt: match &self.prompt_file {
+                    Some(path) => PromptSource::File { path: path.clone() },
+                    None => PromptSource::Random { tokens: prompt_tokens },
+                },
+                prefix,
+                output_tokens: self.output_tokens,
+                exact_output: !self.allow_eos,
+                temperature: self.temperature,
+                seed: self.seed,
+                same_prompt: self.same_prompt,
+                extra_body: self.extra_body.as_deref().cloned().unwrap_or_default(),
+            },
+            raw: self.raw,
+        })
+    }
+
+    fn target_list(&self) -> Result<Vec<Target>, CliError> {
+        let mut named = self.targets.clone();
+        if named.is_empty() {
+            named.push(("server".to_owned(), self.url.clone()));
+        }
+        let mut targets: Vec<Target> = Vec::new();
+        for (label, url) in named {
+            if targets.iter().any(|target| target.label == label) {
+                return Err(CliError::Usage(format!("--target: `{label}` is there twice")));
+            }
+            let endpoint = Endpoint::new(&url, self.api_key.as_deref())?;
+            targets.push(Target { label, url, endpoint });
+        }
+        Ok(targets)
+    }
+
+    async fn levels(
+        &self,
+        targets: &[Target],
+        prompt_tokens: usize,
+    ) -> Result<Vec<Load>, CliError> {
+        if !self.rates.is_empty() {
+            let max_outstanding = self.max_outstanding;
+            return Ok(self
+                .rates
+                .iter()
+                .map(|&rate| Load::Open { rate, max_outstanding })
+                .collect());
+        }
+        let mut levels = Vec::new();
+        for clients in &self.clients {
+            let clients = match clients {
+                ClientsArg::Number(number) => *number,
+                ClientsArg::Fill => self.clients_that_fill(targets, prompt_tokens).await?,
+            };
+            if clients > limits::MAX_BENCH_CLIENTS {
+                let limit = limits::MAX_BENCH_CLIENTS;
+                return Err(CliError::Usage(format!("--clients {clients} is over {limit}")));
+            }
+            levels.push(Load::Closed { clients });
+        }
+        if levels.is_empty() {
+            levels.push(Load::Closed { clients: 1 });
+        }
+        Ok(levels)
+    }
+
+    /// (KV tokens − reserve) / (prefix + prompt + output), the paper's number of clients.
+    async fn clients_that_fill(
+        &self,
+        targets: &[Target],
+        prompt_tokens: usize,
+    ) -> Result<usize, CliError> {
+        let prefix_tokens = match (self.scenario, self.prefix_tokens) {
+            (Scenario::Distinct, Some(tokens)) => tokens,
+            _ => return Err(usage("--clients fill needs --scenario distinct and --prefix-tokens")),
+        };
+        let kv_tokens = match (self.kv_tokens, targets.first()) {
+            (Some(tokens), _) => tokens,
+            (None, Some(target)) => target.kv_tokens().await?,
+            (None, None) => 0,
+        };
+        let each = prefix_tokens + prompt_tokens + self.output_tokens;
+        match kv_tokens.saturating_sub(self.reserve) / each {
+            0 => Err(CliError::Usage(format!(
+                "--clients fill: {kv_tokens} KV tokens less {} do not hold one client of {each}",
+                self.reserve
+            ))),
+            clients => Ok(clients),
+        }
+    }
+
+    fn prefix(&self, clients: usize) -> Result<Prefix, CliError> {
+        let names_cartridge = self.cartridge.is_some() || self.cartridges_file.is_some();
+        let shared = match self.scenario {
+            Scenario::Plain if self.prefix == PrefixArg::Cartridge || names_cartridge => {
+                return Err(usage("cartridges need --scenario shared or distinct"));
+            }
+            Scenario::Plain if self.prefix_tokens.is_some() => {
+                return Err(usage("--prefix-tokens needs --scenario shared or distinct"));
+            }
+            Scenario::Plain => return Ok(Prefix::None),
+            Scenario::Distinct if !self.rates.is_empty() => {
+                return Err(usage(
+                    "--scenario distinct is about clients; use --clients, not --rate",
+                ));
+            }
+            Scenario::Distinct => false,
+            Scenario::Shared => true,
+        };
+        if self.prefix == PrefixArg::Text {
+            if names_cartridge {
+                return Err(usage("--cartridge needs --prefix cartridge"));
+            }
+            let tokens = self.prefix_tokens;
+            let tokens = tokens.ok_or_else(|| usage("--prefix text needs --prefix-tokens"))?;
+            return Ok(Prefix::Text { tokens, shared });
+        }
+        let source = self.cartridge_source.clone();
+        let ids = match (&self.cartridge, &self.cartridges_file) {
+            (Some(id), _) if shared => vec![id.clone()],
+            (Some(pattern), _) if pattern.contains("{client}") => {
+                (0..clients).map(|i| pattern.replace("{client}", &i.to_string())).collect()
+            }
+            (Some(_), _) => {
+                return Err(usage("--scenario distinct needs {client} in --cartridge"));
+            }
+            (None, Some(path)) => {
+                let text = std::fs::read_to_string(path)
+                    .map_err(|source| CliError::Io { path: path.clone(), source })?;
+                let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+                let wanted = if shared { 1 } else { clients };
+                let ids: Vec<String> = lines.map(str::to_owned).take(wanted).collect();
+                if ids.len() < wanted {
+                    let (have, path) = (ids.len(), path.display());
+                    let message = format!("{path} names {have} cartridges for {wanted} clients");
+                    return Err(CliError::Usage(message));
+                }
+                ids
+            }
+            (None, None) => {
+                return Err(usage("--prefix cartridge needs --cartridge or --cartridges-file"));
+            }
+        };
+        Ok(Prefix::Cartridge { ids, source })
+    }
+}
