@@ -145,7 +145,8 @@ fn as_many_clients_as_the_cache_holds() {
     // Without --kv-tokens the server says it: more than these requests can be short of.
     let all = ["--clients=fill", "--reserve=100000000"];
     let refused = error(&server.bench(&[&args[..], &all].concat()));
-    assert!(refused.contains("262144 KV tokens"), "{refused}");
+    // 1 GiB of blocks of 16 tokens, 48 KiB each.
+    assert!(refused.contains("349520 KV tokens"), "{refused}");
 }
 
 #[test]

@@ -347,7 +347,8 @@ fn cancelled_waiting_requests_leave_the_queue() {
         pair.n = 2;
         drop([engine.submit(pair.clone()).unwrap(), engine.submit(pair.clone()).unwrap()]);
         drop(running);
-        wait_until(&engine, |stats| stats.waiting + stats.running == 0);
+        // Tokens count from submission on, sequences from when the engine has seen them.
+        wait_until(&engine, |stats| stats.waiting_tokens + stats.waiting + stats.running == 0);
     }
 }
 

@@ -1,6 +1,7 @@
 //! Log-probabilities of a token and of its likeliest alternatives.
 
 use super::SampledToken;
+use crate::ops::exp_sum;
 
 /// Natural-log probabilities over the whole row of `logits`, divided by `temperature` first.
 ///
@@ -8,8 +9,7 @@ use super::SampledToken;
 pub fn token_logprobs(logits: &[f32], id: u32, temperature: f32, top: usize) -> SampledToken {
     let scale = if temperature > 0.0 { 1.0 / temperature } else { 1.0 };
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|l| f64::from(((l - max) * scale).exp())).sum();
-    let log_sum = sum.ln() as f32;
+    let log_sum = exp_sum(logits, max, scale).ln() as f32;
     let logprob = |logit: f32| (logit - max) * scale - log_sum;
     SampledToken {
         id,

@@ -101,6 +101,7 @@ pub(super) fn start_with(
     let thread = {
         let (shared, options) = (Arc::clone(&shared), options.clone());
         std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
+            let _pool = join_own_pool();
             let cache = KvCache::new(shape, blocks);
             let mut core = Core::new(decoder, cache, blocks, limits, &options, receiver, shared);
             prepare(&mut core);
@@ -109,4 +110,15 @@ pub(super) fn start_with(
     };
     let thread = thread.map_err(|e| EngineError::Internal(format!("no engine thread: {e}")))?;
     Ok((EngineHandle { submissions, info, shared }, thread))
+}
+
+/// Makes this thread one of as many computing threads as the process is set to use. Work of a step is then
+/// begun here at once, instead of being handed to a pool that has to wake up, with this thread idle.
+fn join_own_pool() -> Option<rayon::ThreadPool> {
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(rayon::current_num_threads())
+        .thread_name(|i| format!("engine-{i}"))
+        .use_current_thread()
+        .build();
+    pool.inspect_err(|error| tracing::warn!(%error, "computing in the shared thread pool")).ok()
 }

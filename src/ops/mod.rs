@@ -5,6 +5,7 @@
 //! second kernel per device. The model's own weights are frozen by design: no op returns their gradient.
 
 pub mod attention;
+mod exp_sum;
 mod linear;
 mod matrix;
 pub(crate) mod memory;
@@ -13,6 +14,7 @@ mod rope;
 pub(crate) mod simd;
 mod swiglu;
 
+pub use exp_sum::exp_sum;
 pub use linear::Linear;
 pub use matrix::Matrix;
 pub use rms_norm::rms_norm;

@@ -1,5 +1,8 @@
 //! The inner loops: a few queries against a tile of keys and values.
 
+// Index loops over arrays of registers: a closure would not be compiled for the processor's extensions.
+#![allow(clippy::needless_range_loop)]
+
 use crate::ops::simd::Lanes;
 
 /// Keys side by side in memory and in a register.
