@@ -3,8 +3,7 @@
 //!
 //!     cargo bench --bench engine -- --model demo --clients 1,8,32
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use candle_core::{Device, Tensor};
 use cartouche::cartridge::{Cartridge, LayerKv, Lease, Provenance};
@@ -30,6 +29,9 @@ struct Args {
     /// Give every client a copy of the cartridge with a content of its own.
     #[arg(long)]
     private: bool,
+    /// As of `cartouche serve`; a number above the clients turns grouping off.
+    #[arg(long, default_value_t = EngineOptions::default().group_min_sequences)]
+    group_min_sequences: usize,
     #[arg(long, default_value_t = 3)]
     repeat: usize,
     #[arg(long, default_value_t = 1024)]
@@ -47,10 +49,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         kv_bytes: args.kv_cache_mib << 20,
         max_running_sequences: 1024,
         prefix_cache: false,
+        group_min_sequences: args.group_min_sequences,
         ..EngineOptions::default()
     };
     let (engine, _) = engine::start(loaded.decoder, &options)?;
-    println!("clients,cartridge_tokens,private,prefill_tokens_per_s,decode_tokens_per_s,step_ms");
+    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+    println!(
+        "clients,cartridge_tokens,private,group_min,prefill_tokens_per_s,decode_tokens_per_s,step_ms"
+    );
     let most = args.clients.iter().copied().max().unwrap_or(1);
     let copies = if args.private { most } else { 1 };
     let cartridges = match args.cartridge_tokens {
@@ -61,13 +67,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     for &clients in &args.clients {
         let mut runs: Vec<(f64, f64)> =
-            (0..args.repeat).map(|_| run(&engine, clients, &args, &cartridges)).collect();
+            (0..args.repeat).map(|_| run(&runtime, &engine, clients, &args, &cartridges)).collect();
         runs.sort_by(|a, b| a.1.total_cmp(&b.1));
         let (prefill, decode) = runs[runs.len() / 2];
         println!(
-            "{clients},{},{},{prefill:.1},{decode:.1},{:.3}",
+            "{clients},{},{},{},{prefill:.1},{decode:.1},{:.3}",
             args.cartridge_tokens,
             args.private,
+            args.group_min_sequences,
             1e3 * clients as f64 / decode
         );
     }
@@ -88,7 +95,13 @@ fn random_cartridge(
 }
 
 /// Prefill and decode tokens per second of `clients` requests sent together.
-fn run(engine: &EngineHandle, clients: usize, args: &Args, cartridges: &[Lease]) -> (f64, f64) {
+fn run(
+    runtime: &tokio::runtime::Runtime,
+    engine: &EngineHandle,
+    clients: usize,
+    args: &Args,
+    cartridges: &[Lease],
+) -> (f64, f64) {
     let vocab = engine.info().vocab_size as u32;
     let started = Instant::now();
     let streams: Vec<_> = (0..clients)
@@ -114,26 +127,23 @@ fn run(engine: &EngineHandle, clients: usize, args: &Args, cartridges: &[Lease])
             engine.submit(request).expect("the request fits")
         })
         .collect();
-    let all_started = Arc::new(std::sync::Mutex::new((Duration::ZERO, Duration::ZERO)));
-    std::thread::scope(|scope| {
-        for mut stream in streams {
-            let times = Arc::clone(&all_started);
-            scope.spawn(move || {
-                let mut first = None;
-                while let Some(event) = stream.blocking_next() {
-                    match event {
-                        Event::Token { .. } if first.is_none() => first = Some(started.elapsed()),
-                        Event::Failed(error) => panic!("{error}"),
-                        _ => {}
-                    }
+    // One thread reads all streams, as a server's runtime would; a thread each would measure the kernel's
+    // scheduler.
+    let ends = runtime.block_on(futures_util::future::join_all(streams.into_iter().map(
+        |mut stream| async move {
+            let mut first = None;
+            while let Some(event) = stream.next().await {
+                match event {
+                    Event::Token { .. } if first.is_none() => first = Some(started.elapsed()),
+                    Event::Failed(error) => panic!("{error}"),
+                    _ => {}
                 }
-                let mut times = times.lock().expect("no reader panicked");
-                times.0 = times.0.max(first.expect("a token"));
-                times.1 = times.1.max(started.elapsed());
-            });
-        }
-    });
-    let (prefilled, ended) = *all_started.lock().expect("no reader panicked");
+            }
+            (first.expect("a token"), started.elapsed())
+        },
+    )));
+    let prefilled = ends.iter().map(|(first, _)| *first).max().expect("a client");
+    let ended = ends.iter().map(|(_, end)| *end).max().expect("a client");
     let prefill = (clients * args.prompt_tokens) as f64 / prefilled.as_secs_f64();
     let decoded = clients * (args.output_tokens - 1);
     (prefill, decoded as f64 / (ended - prefilled).as_secs_f64())

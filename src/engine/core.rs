@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
@@ -11,14 +10,16 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use candle_core::{D, Tensor};
 
 use super::blocks::{BLOCK_TOKENS, BlockPool};
+use super::draw::{Draw, draw_all};
 use super::handle::{Shared, Submission};
 use super::kv_cache::{BatchEntry, KvCache, PagedAttention};
 use super::prefix_cache::{ContextKey, Root};
 use super::scheduler::{Arrival, Memory, Plan, Scheduler, SchedulerLimits, SequenceId};
 use super::sequence::{ActiveRequest, Sequence};
 use super::startup::EngineOptions;
-use super::{EngineError, Event};
+use super::{EngineError, Event, SampledToken};
 use crate::model::Decoder;
+use crate::ops::with_f32;
 
 /// Rows of logits `[rows, vocab]` held at once while scoring a prompt.
 const PROMPT_LOGIT_ROWS: usize = 32;
@@ -160,9 +161,9 @@ impl Core {
         });
         let cartridge_tokens = request.cartridges.iter().map(|c| c.tokens()).sum();
         let n = request.n;
-        let active = Rc::new(ActiveRequest { request, reply, first_id, cartridge_tokens });
+        let active = Arc::new(ActiveRequest { request, reply, first_id, cartridge_tokens });
         for choice in 0..n {
-            let sequence = Sequence::new(Rc::clone(&active), choice, self.pool.table(root));
+            let sequence = Sequence::new(Arc::clone(&active), choice, self.pool.table(root));
             self.sequences.insert(first_id + choice as u64, sequence);
         }
     }
@@ -254,7 +255,8 @@ impl Core {
             fault(&tokens);
         }
 
-        let mut sampling = Vec::new();
+        let mut rows = Vec::new();
+        let mut draws = Vec::new();
         let mut failed = Vec::new();
         let mut first_row = 0;
         for work in &plan.work {
@@ -269,7 +271,13 @@ impl Core {
             sequence.computed += work.tokens;
             if sequence.is_computed() {
                 sequence.announce_prompt();
-                sampling.push((work.id, first_row as u32 - 1));
+                match sequence.draw() {
+                    Some(draw) => {
+                        rows.push(first_row as u32 - 1);
+                        draws.push((work.id, draw));
+                    }
+                    None => failed.push((work.id, EngineError::Internal("no sampler".to_owned()))),
+                }
             } else if is_finite(&hidden.narrow(0, first_row - 1, 1)?)? {
                 sequence.publish(); // at most one prompt per step is cut
             }
@@ -277,41 +285,45 @@ impl Core {
         for (id, error) in failed {
             self.fail_request(id, &error);
         }
-        if sampling.is_empty() {
+        if rows.is_empty() {
             return Ok(());
         }
-        let rows: Vec<u32> = sampling.iter().map(|(_, row)| *row).collect();
         let rows = hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)?;
         let logits = self.decoder.logits(&rows)?;
         let vocab = logits.dim(D::Minus1)?;
-        let logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
-        for ((id, _), logits) in sampling.iter().zip(logits.chunks_exact(vocab)) {
-            self.advance(*id, logits);
+        let tokens = with_f32(&logits, |logits| Ok(draw_all(&mut draws, logits, vocab)))?;
+        for ((id, draw), token) in draws.into_iter().zip(tokens) {
+            self.advance(id, draw, token);
         }
         Ok(())
     }
 
-    /// Samples one token for a sequence and ends it if that was the last.
-    fn advance(&mut self, id: SequenceId, logits: &[f32]) {
+    /// Hands out the token drawn for a sequence and ends it if that was the last.
+    fn advance(
+        &mut self,
+        id: SequenceId,
+        draw: Draw,
+        token: Result<Option<SampledToken>, EngineError>,
+    ) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
-        match sequence.step(logits) {
-            Ok(reason) => {
-                // The logits are finite, and so is everything they were computed from.
-                sequence.publish();
-                if let Some(reason) = reason {
-                    sequence.send(Event::Finished { choice: sequence.choice, reason });
-                    self.remove(id..id + 1);
-                } else if sequence.active.reply.unread() > self.max_unread_events {
-                    let limit = self.max_unread_events;
-                    self.fail_request(id, &EngineError::SlowReader { limit });
-                } else {
-                    self.scheduler.grow(id);
-                }
-            }
+        let token = match token {
+            Ok(token) => token,
             Err(error) => {
                 tracing::error!(%error, "a request is ended");
-                self.fail_request(id, &error);
+                return self.fail_request(id, &error);
             }
+        };
+        let reason = sequence.take_back(draw, token);
+        // The logits are finite, and so is everything they were computed from.
+        sequence.publish();
+        if let Some(reason) = reason {
+            sequence.send(Event::Finished { choice: sequence.choice, reason });
+            self.remove(id..id + 1);
+        } else if sequence.active.reply.unread() > self.max_unread_events {
+            let limit = self.max_unread_events;
+            self.fail_request(id, &EngineError::SlowReader { limit });
+        } else {
+            self.scheduler.grow(id);
         }
     }
 

@@ -1,15 +1,15 @@
 //! Log-probabilities of a token and of its likeliest alternatives.
 
 use super::SampledToken;
-use crate::ops::exp_sum;
+use crate::ops;
 
 /// Natural-log probabilities over the whole row of `logits`, divided by `temperature` first.
 ///
 /// `temperature` 0 counts as 1, as in Tokasaurus. Alternatives come in descending order, ties by id.
 pub fn token_logprobs(logits: &[f32], id: u32, temperature: f32, top: usize) -> SampledToken {
     let scale = if temperature > 0.0 { 1.0 / temperature } else { 1.0 };
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let log_sum = exp_sum(logits, max, scale).ln() as f32;
+    let max = ops::max(logits);
+    let log_sum = ops::exp_sum(logits, max, scale).ln() as f32;
     let logprob = |logit: f32| (logit - max) * scale - log_sum;
     SampledToken {
         id,

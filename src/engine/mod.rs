@@ -7,6 +7,7 @@ mod blocks;
 mod core;
 #[cfg(test)]
 mod core_tests;
+mod draw;
 mod handle;
 mod kv_cache;
 mod logprobs;

@@ -84,6 +84,15 @@ pub struct GenerateRequest {
     pub priority: Priority,
 }
 
+impl GenerateRequest {
+    pub(super) fn temperature_of_logprobs(&self) -> f32 {
+        match self.logprobs.ignore_temperature {
+            true => 1.0,
+            false => self.sampling.temperature,
+        }
+    }
+}
+
 /// A token with its log-probability and the most likely alternatives (id, log-probability), descending.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SampledToken {

@@ -6,6 +6,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::SamplingParams;
+use crate::ops;
 
 /// Sampling state of one sequence: its random stream and what it has generated.
 ///
@@ -39,34 +40,53 @@ impl Sampler {
 
     /// Draws a token from a row of logits; `forbidden` ids are never drawn. The row must be finite.
     pub fn sample(&mut self, logits: &[f32], forbidden: &[u32]) -> u32 {
-        self.logits.clear();
-        self.logits.extend_from_slice(logits);
-        self.adjust(forbidden);
-        let token = match self.params.temperature {
-            0.0 => argmax(&self.logits),
-            temperature => self.draw(temperature),
+        // Moved out while it is borrowed beside the rest.
+        let mut row = std::mem::take(&mut self.logits);
+        let logits = match self.leaves_logits(forbidden) {
+            true => logits,
+            false => {
+                row.clear();
+                row.extend_from_slice(logits);
+                self.adjust(&mut row, forbidden);
+                &row
+            }
         };
+        let token = match self.params.temperature {
+            0.0 => ops::argmax(logits) as u32,
+            temperature => self.draw(logits, temperature),
+        };
+        self.logits = row;
         *self.generated.entry(token).or_default() += 1;
         token
     }
 
+    /// Whether there is nothing to adjust.
+    fn leaves_logits(&self, forbidden: &[u32]) -> bool {
+        let params = &self.params;
+        let penalties = (params.presence_penalty, params.frequency_penalty);
+        forbidden.is_empty()
+            && params.logit_bias.is_empty()
+            && params.repetition_penalty == 1.0
+            && penalties == (0.0, 0.0)
+    }
+
     /// Bias, penalties and bans, in the order vLLM applies them.
-    fn adjust(&mut self, forbidden: &[u32]) {
+    fn adjust(&self, logits: &mut [f32], forbidden: &[u32]) {
         let params = &self.params;
         for (id, bias) in &params.logit_bias {
-            if let Some(logit) = self.logits.get_mut(*id as usize) {
+            if let Some(logit) = logits.get_mut(*id as usize) {
                 *logit += bias;
             }
         }
         for id in forbidden {
-            if let Some(logit) = self.logits.get_mut(*id as usize) {
+            if let Some(logit) = logits.get_mut(*id as usize) {
                 *logit = f32::NEG_INFINITY;
             }
         }
         if params.repetition_penalty != 1.0 {
             let seen = self.generated.keys().filter(|id| !self.prompt.contains(id));
             for id in self.prompt.iter().chain(seen) {
-                if let Some(logit) = self.logits.get_mut(*id as usize) {
+                if let Some(logit) = logits.get_mut(*id as usize) {
                     *logit = match *logit > 0.0 {
                         true => *logit / params.repetition_penalty,
                         false => *logit * params.repetition_penalty,
@@ -75,17 +95,16 @@ impl Sampler {
             }
         }
         for (id, count) in &self.generated {
-            if let Some(logit) = self.logits.get_mut(*id as usize) {
+            if let Some(logit) = logits.get_mut(*id as usize) {
                 *logit -= params.frequency_penalty * *count as f32 + params.presence_penalty;
             }
         }
     }
 
-    fn draw(&mut self, temperature: f32) -> u32 {
-        let max = self.logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    fn draw(&mut self, logits: &[f32], temperature: f32) -> u32 {
+        let max = ops::max(logits);
         let weight = |logit: f32| ((logit - max) / temperature).exp();
-        let mut candidates: Vec<(u32, f32)> = self
-            .logits
+        let mut candidates: Vec<(u32, f32)> = logits
             .iter()
             .enumerate()
             .map(|(id, logit)| (id as u32, weight(*logit)))
@@ -111,7 +130,7 @@ impl Sampler {
             }
         }
         // Rounding can leave a sliver above the last weight.
-        candidates.last().map_or_else(|| argmax(&self.logits), |(id, _)| *id)
+        candidates.last().map_or_else(|| ops::argmax(logits) as u32, |(id, _)| *id)
     }
 }
 
@@ -145,13 +164,6 @@ fn keep_nucleus(candidates: &mut Vec<(u32, f32)>, top_p: f32) {
         }
         head *= 8;
     }
-}
-
-fn argmax(logits: &[f32]) -> u32 {
-    let best = logits.iter().enumerate().fold((0, f32::NEG_INFINITY), |best, (id, logit)| {
-        if *logit > best.1 { (id, *logit) } else { best }
-    });
-    best.0 as u32
 }
 
 /// Unpredictable enough for sampling: the standard library seeds its hash maps from the system.

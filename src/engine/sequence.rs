@@ -1,8 +1,9 @@
 //! One completion in progress.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
 use super::blocks::{BLOCK_TOKENS, BlockTable};
+use super::draw::{Draw, check_finite};
 use super::handle::Reply;
 use super::logprobs::token_logprobs;
 use super::prefix_cache::BlockTokens;
@@ -21,14 +22,15 @@ pub(super) struct ActiveRequest {
 
 /// One choice of a request.
 pub(super) struct Sequence {
-    pub active: Rc<ActiveRequest>,
+    pub active: Arc<ActiveRequest>,
     pub choice: usize,
     generated: Vec<u32>,
     /// Tokens whose keys and values are stored.
     pub computed: usize,
     pub table: BlockTable,
-    /// Made when the sequence first runs, so that waiting ones cost next to nothing.
+    /// Made when the sequence first runs, so that waiting ones cost next to nothing; lent to [`Draw`].
     sampler: Option<Sampler>,
+    started: bool,
     /// Gathered chunk by chunk for the first choice, when asked for.
     prompt_logprobs: Vec<Option<SampledToken>>,
     /// Prompt tokens taken over from the prefix cache on the first admission.
@@ -37,7 +39,7 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    pub fn new(active: Rc<ActiveRequest>, choice: usize, table: BlockTable) -> Self {
+    pub fn new(active: Arc<ActiveRequest>, choice: usize, table: BlockTable) -> Self {
         Self {
             active,
             choice,
@@ -45,6 +47,7 @@ impl Sequence {
             computed: 0,
             table,
             sampler: None,
+            started: false,
             prompt_logprobs: Vec::new(),
             cached_tokens: 0,
             prompt_announced: false,
@@ -54,7 +57,7 @@ impl Sequence {
     /// Called on every admission, with `cached` tokens already computed. True the first time.
     pub fn start(&mut self, cached: usize) -> bool {
         self.computed = cached;
-        if self.sampler.is_some() {
+        if std::mem::replace(&mut self.started, true) {
             return false;
         }
         self.cached_tokens = cached;
@@ -64,7 +67,7 @@ impl Sequence {
     }
 
     pub fn has_started(&self) -> bool {
-        self.sampler.is_some()
+        self.started
     }
 
     /// Gives the blocks back; everything is computed again later, nothing is sampled again.
@@ -139,16 +142,9 @@ impl Sequence {
             return Ok(());
         };
         check_finite(logits)?;
-        let temperature = self.temperature_of_logprobs();
+        let temperature = self.active.request.temperature_of_logprobs();
         self.prompt_logprobs.push(Some(token_logprobs(logits, id, temperature, top)));
         Ok(())
-    }
-
-    fn temperature_of_logprobs(&self) -> f32 {
-        match self.active.request.logprobs.ignore_temperature {
-            true => 1.0,
-            false => self.active.request.sampling.temperature,
-        }
     }
 
     /// Announces, once, that the prompt is computed. Only the first choice speaks for the request.
@@ -163,31 +159,25 @@ impl Sequence {
         self.send(Event::PromptDone { cached_tokens: self.cached_tokens, logprobs });
     }
 
-    /// Draws the next token from `logits`; `Some` when the sequence ends with it.
-    pub fn step(&mut self, logits: &[f32]) -> Result<Option<FinishReason>, EngineError> {
-        check_finite(logits)?;
-        let sampling = &self.active.request.sampling;
-        if sampling.max_tokens == 0 {
-            return Ok(Some(FinishReason::Length));
-        }
-        let generated = self.generated.len();
-        let stops = &self.active.request.stop_token_ids;
-        let forbidden = if generated < sampling.min_tokens { stops.as_slice() } else { &[] };
-        let Some(sampler) = &mut self.sampler else {
-            return Err(EngineError::Internal("a sequence ran before it was admitted".to_owned()));
-        };
-        let id = sampler.sample(logits, forbidden);
-        let temperature = self.temperature_of_logprobs();
-        let top = self.active.request.logprobs.top;
-        let token = token_logprobs(logits, id, temperature, top);
+    /// Hands out what drawing the next token takes, until [`Self::take_back`].
+    pub fn draw(&mut self) -> Option<Draw> {
+        let (active, generated) = (Arc::clone(&self.active), self.generated.len());
+        self.sampler.take().map(|sampler| Draw { active, sampler, generated })
+    }
+
+    /// Takes the sampler back and sends the token, if one was drawn; `Some` when the sequence ends here.
+    pub fn take_back(&mut self, draw: Draw, token: Option<SampledToken>) -> Option<FinishReason> {
+        self.sampler = Some(draw.sampler);
+        let Some(token) = token else { return Some(FinishReason::Length) };
+        self.generated.push(token.id);
+        let request = &self.active.request;
         let reason = match () {
-            () if generated + 1 >= sampling.max_tokens => Some(FinishReason::Length),
-            () if stops.contains(&id) => Some(FinishReason::Stop),
+            () if self.generated.len() >= request.sampling.max_tokens => Some(FinishReason::Length),
+            () if request.stop_token_ids.contains(&token.id) => Some(FinishReason::Stop),
             () => None,
         };
-        self.generated.push(id);
         self.send(Event::Token { choice: self.choice, token });
-        Ok(reason)
+        reason
     }
 
     pub fn send(&self, event: Event) {
@@ -212,11 +202,4 @@ fn block_tokens(prompt: &[u32], generated: &[u32], block: usize) -> BlockTokens 
     let range = token_range(prompt, generated, block * BLOCK_TOKENS, BLOCK_TOKENS);
     tokens.iter_mut().zip(range).for_each(|(to, from)| *to = from);
     tokens
-}
-
-fn check_finite(logits: &[f32]) -> Result<(), EngineError> {
-    match logits.iter().all(|logit| logit.is_finite()) {
-        true => Ok(()),
-        false => Err(EngineError::NonFiniteLogits),
-    }
 }

@@ -5,18 +5,18 @@
 //! second kernel per device. The model's own weights are frozen by design: no op returns their gradient.
 
 pub mod attention;
-mod exp_sum;
 mod linear;
 mod matrix;
 pub(crate) mod memory;
+mod reduce;
 mod rms_norm;
 mod rope;
 pub(crate) mod simd;
 mod swiglu;
 
-pub use exp_sum::exp_sum;
 pub use linear::Linear;
 pub use matrix::Matrix;
+pub use reduce::{all_finite, argmax, exp_sum, max};
 pub use rms_norm::rms_norm;
 pub use rope::{RopeScaling, RopeTable, apply_rope};
 pub use swiglu::swiglu;
