@@ -28,3 +28,4 @@ pub mod limits;
 pub mod model;
 pub mod ops;
 pub mod text;
+pub mod train;

@@ -1,0 +1,40 @@
+//! What one micro-step computes: packed sequences and what their rows should predict.
+
+/// Sparse teacher distributions over the vocabulary, entry by entry, in ascending order of `rows`.
+///
+/// Entry `i` says that the token after row `rows[i]` is `ids[i]` with probability `probs[i]`. The entries of
+/// a row need not add up to one: they are the teacher's likeliest tokens only.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Targets {
+    /// Rows (token indices) whose logits are trained. A target token at index `t` trains row `t - 1`.
+    pub rows: Vec<u32>,
+    pub ids: Vec<u32>,
+    pub probs: Vec<f32>,
+}
+
+impl Targets {
+    /// Number of entries.
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
+
+    pub fn push(&mut self, row: u32, id: u32, prob: f32) {
+        self.rows.push(row);
+        self.ids.push(id);
+        self.probs.push(prob);
+    }
+}
+
+/// Sequences laid end to end, without padding. Each sees the cartridge and its own earlier tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pack {
+    pub tokens: Vec<u32>,
+    /// Where each sequence begins, and the end of the last: `sequences + 1` ascending numbers from 0.
+    pub cu_seqlens: Vec<u32>,
+    /// Rows are indices into `tokens`.
+    pub targets: Targets,
+}
