@@ -84,7 +84,7 @@ impl CartridgeError {
     }
 
     /// `doing` completes "failed to ...".
-    pub(super) fn io(doing: &str, error: &std::io::Error) -> Self {
+    pub(crate) fn io(doing: &str, error: &std::io::Error) -> Self {
         Self::Io {
             name: UNNAMED.to_owned(),
             kind: error.kind(),

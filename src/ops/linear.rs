@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::Matrix;
+use super::{Matrix, visit_bytes};
 
 /// `y = x · weightᵀ + bias` with a frozen weight of shape `[out, in]`.
 #[derive(Debug, Clone)]
@@ -24,6 +24,12 @@ impl Linear {
             Some(bias) => y.broadcast_add(bias),
             None => Ok(y),
         }
+    }
+
+    /// Calls `f` with the numbers of weight and bias as they lie in memory.
+    pub(crate) fn visit_bytes(&self, f: &mut impl FnMut(&[u8])) -> Result<()> {
+        self.weight.visit_bytes(f)?;
+        self.bias.as_ref().map_or(Ok(()), |bias| visit_bytes(bias, f))
     }
 
     /// Bytes held by the weight and the bias.

@@ -21,7 +21,16 @@ pub use rms_norm::rms_norm;
 pub use rope::{RopeScaling, RopeTable, apply_rope};
 pub use swiglu::swiglu;
 
-use candle_core::{CpuStorage, Layout, Result, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
+
+/// Calls `f` with the numbers of a tensor, as f32.
+pub(crate) fn visit_bytes(tensor: &Tensor, f: &mut impl FnMut(&[u8])) -> Result<()> {
+    let tensor = tensor.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous()?;
+    with_f32(&tensor, |values| {
+        f(bytemuck::cast_slice(values));
+        Ok(())
+    })
+}
 
 /// The elements of a contiguous f32 CPU tensor; an error names the op that was given something else.
 pub(crate) fn contiguous_f32<'a>(

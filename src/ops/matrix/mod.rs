@@ -17,7 +17,7 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor,
 };
 
-use super::{contiguous_f32, with_f32};
+use super::{contiguous_f32, visit_bytes, with_f32};
 use packed_f32::PackedF32;
 use q8_0::PackedQ8;
 
@@ -123,6 +123,17 @@ impl Matrix {
             Form::Ggml(tensor) => tensor.shape().dims2(),
             Form::Dense(tensor) => tensor.dims2(),
         }
+    }
+
+    /// Calls `f` with what is held, as it lies in memory.
+    pub(crate) fn visit_bytes(&self, f: &mut impl FnMut(&[u8])) -> Result<()> {
+        match &*self.0 {
+            Form::F32(packed) => packed.visit_bytes(f),
+            Form::Q8(packed) => packed.visit_bytes(f),
+            Form::Ggml(tensor) => f(&tensor.data()?),
+            Form::Dense(tensor) => return visit_bytes(tensor, f),
+        }
+        Ok(())
     }
 
     /// Bytes held.

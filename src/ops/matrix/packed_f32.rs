@@ -49,6 +49,10 @@ impl PackedF32 {
         (self.out, self.input)
     }
 
+    pub fn visit_bytes(&self, f: &mut impl FnMut(&[u8])) {
+        f(bytemuck::cast_slice(&self.weights));
+    }
+
     pub fn bytes(&self) -> u64 {
         size_of_val(&self.weights[..]) as u64
     }

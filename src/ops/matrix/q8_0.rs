@@ -83,6 +83,11 @@ impl PackedQ8 {
         (self.out, self.input)
     }
 
+    pub fn visit_bytes(&self, f: &mut impl FnMut(&[u8])) {
+        f(bytemuck::cast_slice(&self.weights));
+        f(bytemuck::cast_slice(&self.scales));
+    }
+
     pub fn bytes(&self) -> u64 {
         (size_of_val(&self.weights[..]) + size_of_val(&self.scales[..])) as u64
     }
