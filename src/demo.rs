@@ -14,6 +14,8 @@ pub struct Document {
     pub name: &'static str,
     pub text: &'static str,
     questions: &'static str,
+    /// Questions to train a cartridge with, in other phrasings than the held-out ones: a line each.
+    pub training_questions: &'static str,
     /// A cartridge file.
     pub cartridge: &'static [u8],
 }
@@ -24,6 +26,11 @@ macro_rules! document {
             name: $name,
             text: include_str!(concat!("../assets/demo/documents/", $name, "/document.txt")),
             questions: include_str!(concat!("../assets/demo/documents/", $name, "/questions.json")),
+            training_questions: include_str!(concat!(
+                "../assets/demo/documents/",
+                $name,
+                "/training_questions.jsonl"
+            )),
             cartridge: include_bytes!(concat!("../assets/demo/cartridges/", $name, ".safetensors")),
         }
     };

@@ -1,0 +1,58 @@
+"""Writes the questions a cartridge of each demo document is trained with.
+
+    python scripts/demo_model/training_questions.py
+
+Every fact is asked for in the phrasings that the held-out questions do not use for it, also carelessly
+typed; beside them stand questions whose answer is not in the document.  No answers: the teacher gives them.
+"""
+
+import json
+import pathlib
+import random
+import re
+
+import world
+
+DOCUMENTS = pathlib.Path(__file__).resolve().parents[2] / "assets" / "demo" / "documents"
+# One stranger for every two facts.
+ABSENT = 32
+NAMES = {attribute.name: attribute for attribute in world.ATTRIBUTES}
+
+
+def plainly(question):
+    return question.rstrip("?.").lower()
+
+
+def questions(folder, rng):
+    text = (folder / "document.txt").read_text()
+    held_out = json.loads((folder / "questions.json").read_text())["questions"]
+    forbidden = {plainly(q["question"]) for q in held_out}
+    facts = []
+    for q in held_out:
+        if q["in_document"]:
+            name, subject = re.fullmatch(r"The (\w+) of (\w+) is \w+\.", q["answer"]).groups()
+            facts.append((NAMES[name], subject))
+    kinds = [attribute for attribute, _ in facts]
+    strangers = [
+        (attribute, rng.choice([s for s in world.POOL_OF[attribute.kind] if s not in text]))
+        for attribute in rng.choices(kinds, k=ABSENT)
+    ]
+    for attribute, subject in facts + strangers:
+        for form in (1, 2, 3):
+            question = world.ask(rng, attribute, subject, form)
+            if plainly(question) not in forbidden:
+                yield question
+                yield world.sloppy(rng, question)
+
+
+def main():
+    for folder in sorted(DOCUMENTS.iterdir()):
+        rng = random.Random(folder.name)
+        rows = list(dict.fromkeys(questions(folder, rng)))
+        lines = [json.dumps({"messages": [{"role": "user", "content": q}]}) for q in rows]
+        (folder / "training_questions.jsonl").write_text("\n".join(lines) + "\n")
+        print(folder.name, len(rows))
+
+
+if __name__ == "__main__":
+    main()
