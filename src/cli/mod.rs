@@ -3,6 +3,7 @@
 //! Options come from four places, the first that sets a value wins: flags, `CARTOUCHE_*` environment
 //! variables, the YAML file given with `--config`, built-in defaults.
 
+mod ask;
 mod bench;
 mod cartridge;
 mod chat;
@@ -11,6 +12,7 @@ mod error;
 mod eval;
 mod runtime;
 mod serve;
+mod train;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -36,6 +38,7 @@ enum Command {
     Cartridge(cartridge::CartridgeArgs),
     Eval(Box<eval::EvalArgs>),
     Bench(Box<bench::BenchArgs>),
+    Train(Box<train::TrainArgs>),
 }
 
 /// Parses the command line, runs the command and reports its error. The whole of `main`.
@@ -57,6 +60,7 @@ pub fn main() -> ExitCode {
         Command::Cartridge(args) => cartridge::run(args),
         Command::Eval(args) => eval::run(*args),
         Command::Bench(args) => bench::run(*args),
+        Command::Train(args) => train::run(*args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
