@@ -42,9 +42,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut packs = RunDir::open(&args.run_dir, 0)?.read_packs()?;
     packs.truncate(args.packs);
     let shape = decoder.config().kv_shape();
-    let tensor = || {
-        Tensor::randn(0f32, 1f32, (shape.kv_heads, args.tokens, shape.head_dim), &Device::Cpu)
-    };
+    let tensor =
+        || Tensor::randn(0f32, 1f32, (shape.kv_heads, args.tokens, shape.head_dim), &Device::Cpu);
     let prefix = (0..shape.layers)
         .map(|_| Ok(PrefixLayer { keys: tensor()?, values: tensor()? }))
         .collect::<candle_core::Result<Vec<_>>>()?;

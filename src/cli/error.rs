@@ -17,6 +17,12 @@ pub enum CliError {
     #[error(transparent)]
     Train(#[from] crate::train::TrainError),
     #[error(transparent)]
+    Dataset(#[from] crate::train::dataset::DatasetError),
+    #[error(transparent)]
+    Row(#[from] crate::train::dataset::RowError),
+    #[error(transparent)]
+    Packing(#[from] crate::train::PackingError),
+    #[error(transparent)]
     Model(#[from] crate::model::ModelError),
     #[error(transparent)]
     Engine(#[from] crate::engine::EngineError),

@@ -60,20 +60,51 @@ impl Decoder {
         positions: &[u32],
         attend: &mut dyn Attend,
     ) -> Result<Tensor> {
-        if let Some(id) = tokens.iter().find(|id| **id as usize >= self.config.vocab_size) {
-            candle_core::bail!("token id {id} is outside the vocabulary");
-        }
-        let (cos, sin) = self.rope.angles(positions, self.device())?;
-        let mut hidden = self.embedding.rows(&Tensor::new(tokens, self.device())?)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            hidden = layer.forward(&self.config, index, &hidden, (&cos, &sin), attend)?;
+        let angles = self.angles(positions)?;
+        let mut hidden = self.embed(tokens)?;
+        for index in 0..self.layers.len() {
+            hidden = self.layer(index, &hidden, &angles, attend)?;
         }
         Ok(hidden)
     }
 
+    /// Hidden states `[tokens, hidden]` before the first layer.
+    pub(crate) fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
+        if let Some(id) = tokens.iter().find(|id| **id as usize >= self.config.vocab_size) {
+            candle_core::bail!("token id {id} is outside the vocabulary");
+        }
+        self.embedding.rows(&Tensor::new(tokens, self.device())?)
+    }
+
+    /// Rotary angles of `positions`, for [`Self::layer`].
+    pub(crate) fn angles(&self, positions: &[u32]) -> Result<(Tensor, Tensor)> {
+        self.rope.angles(positions, self.device())
+    }
+
+    /// One layer: hidden states `[tokens, hidden]` in and out.
+    pub(crate) fn layer(
+        &self,
+        index: usize,
+        hidden: &Tensor,
+        (cos, sin): &(Tensor, Tensor),
+        attend: &mut dyn Attend,
+    ) -> Result<Tensor> {
+        self.layers[index].forward(&self.config, index, hidden, (cos, sin), attend)
+    }
+
+    /// The final norm of hidden states: what [`Self::head`] takes.
+    pub(crate) fn normed(&self, hidden: &Tensor) -> Result<Tensor> {
+        rms_norm(hidden, &self.final_norm, self.config.rms_norm_eps)
+    }
+
+    /// From normed hidden states to logits.
+    pub(crate) fn head(&self) -> &Linear {
+        &self.head
+    }
+
     /// Logits `[rows, vocab]` of hidden states `[rows, hidden]` from [`Self::forward`].
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.head.forward(&rms_norm(hidden, &self.final_norm, self.config.rms_norm_eps)?)
+        self.head.forward(&self.normed(hidden)?)
     }
 
     /// SHA-256 of all weights, in hex: whether they are still what they were.

@@ -5,29 +5,44 @@ use std::path::PathBuf;
 use crate::cartridge::CartridgeError;
 use crate::engine::EngineError;
 
+/// Errors of training.
 #[derive(Debug, thiserror::Error)]
 pub enum TrainError {
+    /// Options or a start that cannot be trained with.
     #[error("{0}")]
     Invalid(String),
+    /// A pack that the decoder cannot compute; nothing was computed.
+    #[error("the pack cannot be trained on: {reason}")]
+    Pack { reason: String },
+    /// Keys or values of a shape the model does not have.
+    #[error("the cartridge does not fit the model: {reason}")]
+    Prefix { reason: String },
+    /// A temperature that is no positive number.
+    #[error("the temperature must be a positive number, not {temperature}")]
+    Temperature { temperature: f32 },
+    /// `row` is the first such row of the pack, an index into its tokens.
     #[error(
-        "the loss is not finite from row {row} of its pack on; the last checkpoint is kept. A lower \
-         learning rate or max_grad_norm may help"
+        "the loss of row {row} is not finite: lower the learning rate, or look for a teacher \
+         probability or a cartridge that is not finite"
     )]
     NonFiniteLoss { row: usize },
-    #[error("update {step}: {source}")]
+    /// The update after `step` others failed. What was saved before is kept.
+    #[error("update {step}, pack {pack}: {source}")]
     AtStep {
         step: u64,
+        /// Its place in the file of packs, from 0.
+        pack: usize,
         #[source]
         source: Box<TrainError>,
     },
-    #[error("cannot {action} {path}: {source}; what was saved before is kept")]
+    #[error("cannot {action} {}: {source}; what was saved before is kept", path.display())]
     Io {
         action: &'static str,
         path: PathBuf,
         #[source]
         source: std::io::Error,
     },
-    #[error("{path} cannot be resumed from: {reason}; give another run_dir to start anew")]
+    #[error("{} cannot be resumed from: {reason}; give another run_dir to start anew", path.display())]
     Resume { path: PathBuf, reason: String },
     #[error("the frozen weights changed during training; nothing more is written")]
     WeightsChanged,
@@ -35,6 +50,7 @@ pub enum TrainError {
     Teacher(#[from] EngineError),
     #[error(transparent)]
     Cartridge(#[from] CartridgeError),
+    /// A tensor operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
 }

@@ -6,9 +6,10 @@ use sha2::{Digest, Sha256};
 
 use super::checkpoint::digest_of;
 use super::optimizer::{Adam, AdamOptions};
+use super::packing::epoch_order;
 use super::schedule::Schedule;
 use super::step::{StepOptions, gradients};
-use super::{Pack, Parameters, TrainError, epoch_order};
+use super::{Pack, Parameters, TrainError};
 use crate::model::Decoder;
 
 /// What decides the course of a run, besides its packs and its start. A checkpoint can be resumed only with
@@ -123,10 +124,11 @@ impl Trainer {
     /// [`TrainError::AtStep`]; parameters and optimiser are then as they were before the call.
     pub fn step(&mut self) -> Result<StepReport, TrainError> {
         let step = self.position.step;
-        self.try_step().map_err(|e| TrainError::AtStep { step, source: Box::new(e) })
+        let mut pack = 0;
+        self.try_step(&mut pack).map_err(|e| TrainError::AtStep { step, pack, source: Box::new(e) })
     }
 
-    fn try_step(&mut self) -> Result<StepReport, TrainError> {
+    fn try_step(&mut self, at: &mut usize) -> Result<StepReport, TrainError> {
         let prefix = self.parameters.prefix(self.decoder.device())?;
         let mut sums: Vec<Vec<f32>> =
             self.parameters.tensors().iter().map(|tensor| vec![0.0; tensor.len()]).collect();
@@ -135,8 +137,8 @@ impl Trainer {
         let (mut loss, mut kl, mut epoch) = (0.0, 0.0, 0);
         for _ in 0..self.options.global_batch_size {
             epoch = position.packs / self.packs.len() as u64;
-            let pack = self.pack_index(position.packs);
-            let pack = &self.packs[pack];
+            *at = self.pack_index(position.packs);
+            let pack = &self.packs[*at];
             let out = gradients(&self.decoder, &prefix, pack, &self.options.step)?;
             let tensors = out.gradients.iter().flat_map(|(keys, values)| [keys, values]);
             for (sum, gradient) in sums.iter_mut().zip(tensors) {

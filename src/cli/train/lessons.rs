@@ -4,15 +4,18 @@
 use std::path::Path;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::options::{TargetsArg, TrainFlags, usage};
 use crate::cli::CliError;
 use crate::cli::runtime::Runtime;
 use crate::demo;
-use crate::train::{
-    Conversation, Element, Lesson, Pack, Targets, pack_elements, read_conversations, read_jsonl, teach,
+use crate::train::dataset::{
+    ChatFormat, Conversation, DatasetError, DatasetReader, Element, ElementBuilder, ElementOptions,
+    MassCut, Message, TargetMode,
 };
+use crate::train::{Lesson, Pack, PackPlan, Packing, Targets, teach};
 
 /// The text a cartridge is to stand for.
 pub struct Document {
@@ -54,22 +57,38 @@ pub fn packs(
         usage("--conversations: which questions or conversations to learn from?".to_owned())
     })?;
     let conversations = match from.strip_prefix("demo:") {
-        Some(name) => read_jsonl(demo_document(name)?.training_questions.as_bytes(), from)?,
-        None => read_conversations(Path::new(from))?,
+        Some(name) => demo_questions(name)?,
+        None => DatasetReader::open(Path::new(from))?.collect::<Result<_, _>>()?,
     };
-    let options = flags.element_options()?;
+    let mut builder = None;
     let mut elements = Vec::with_capacity(conversations.len());
     let mut lessons = Vec::new();
-    for (row, conversation) in conversations.iter().enumerate() {
+    for (row, conversation) in &conversations {
+        let bad = |error| DatasetError::Row { path: from.into(), row: *row, error };
         if conversation.messages.iter().any(|message| message.top_logprobs.is_some()) {
-            elements.push(runtime.model.element(conversation, row, &options)?);
+            if builder.is_none() {
+                builder = Some(element_builder(runtime, flags)?);
+            }
+            let element = builder.as_ref().map(|builder| builder.element(*row, conversation));
+            elements.extend(element.transpose().map_err(bad)?);
         } else {
-            lessons.push((row, lesson(runtime, document, conversation, from, row)?));
+            lessons.push((*row, lesson(runtime, document, conversation, from, *row)?));
         }
     }
     elements.extend(taught(runtime, &lessons, flags)?);
-    let packed = pack_elements(&elements, flags.packed_seq_length()?, flags.packing_mode(), flags.seed());
-    Ok(packed)
+    let packing = Packing {
+        packed_seq_length: flags.packed_seq_length.unwrap_or(2048),
+        mode: flags.packing_mode.unwrap_or_default(),
+        seed: flags.seed(),
+    };
+    let plan = PackPlan::new(&elements, &packing)?;
+    if plan.dropped + plan.cut > 0 {
+        println!(
+            "{} rows are cut at {} tokens, {} have nothing to learn and are left out",
+            plan.cut, packing.packed_seq_length, plan.dropped
+        );
+    }
+    Ok((0..plan.len()).filter_map(|index| plan.pack(index, &elements)).collect())
 }
 
 /// What the teacher is to answer or score for a row without log-probabilities.
@@ -80,7 +99,7 @@ fn lesson(
     from: &str,
     row: usize,
 ) -> Result<Lesson, CliError> {
-    let bad = |reason: &str| usage(format!("{from}, row {}: {reason}", row + 1));
+    let bad = |reason: &str| usage(format!("{from}: row {row}: {reason}"));
     let messages: Vec<Value> = conversation
         .messages
         .iter()
@@ -99,13 +118,15 @@ fn lesson(
     let answer = match answered {
         false => None,
         true => {
-            let whole = runtime.model.tokenizer.encode(&runtime.render(&messages, false)?, false)?;
+            let whole =
+                runtime.model.tokenizer.encode(&runtime.render(&messages, false)?, false)?;
             let plain = runtime.chat_prompt(asked, false)?;
             let answer = whole.strip_prefix(&plain[..]).ok_or_else(|| {
                 bad("the chat template writes an answer differently than it is asked for")
             })?;
             let stop = &runtime.model.eos_token_ids;
-            let end = answer.iter().position(|id| stop.contains(id)).map_or(answer.len(), |i| i + 1);
+            let end =
+                answer.iter().position(|id| stop.contains(id)).map_or(answer.len(), |i| i + 1);
             Some(answer[..end].to_vec())
         }
     };
@@ -120,7 +141,9 @@ fn taught(
 ) -> Result<Vec<Element>, CliError> {
     let (rows, lessons): (Vec<usize>, Vec<Lesson>) = lessons.iter().cloned().unzip();
     let bar = ProgressBar::new(lessons.len() as u64);
-    if let Ok(style) = ProgressStyle::with_template("the teacher answers {wide_bar} {pos}/{len} {eta}") {
+    if let Ok(style) =
+        ProgressStyle::with_template("the teacher answers {wide_bar} {pos}/{len} {eta}")
+    {
         bar.set_style(style);
     }
     let teacher = flags.teacher(&runtime.model.eos_token_ids)?;
@@ -128,14 +151,56 @@ fn taught(
     bar.finish_and_clear();
     let by_tokens = flags.targets.unwrap_or_default() == TargetsArg::Tokens;
     let elements = rows.into_iter().zip(taught).map(|(row, taught)| {
-        let supervised = taught.prompt_tokens as u32..taught.tokens.len() as u32;
-        let targets = match by_tokens {
-            true => Targets::of_tokens(&taught.tokens, supervised.clone()),
-            false => taught.targets,
-        };
+        // The row before a token predicts it.
+        let supervised = taught.prompt_tokens as u32 - 1..taught.tokens.len() as u32 - 1;
+        let mut targets = taught.targets;
+        if by_tokens {
+            targets = Targets::default();
+            supervised.clone().for_each(|at| targets.push(at, taught.tokens[at as usize + 1], 1.0));
+        }
         Element { tokens: taught.tokens, targets, row, supervised: vec![supervised] }
     });
     Ok(elements.collect())
+}
+
+/// Turns rows that hold log-probabilities into tokens and targets.
+fn element_builder<'a>(
+    runtime: &'a Runtime,
+    flags: &TrainFlags,
+) -> Result<ElementBuilder<'a>, CliError> {
+    let mode = match flags.targets.unwrap_or_default() {
+        TargetsArg::Logits => TargetMode::Logits,
+        TargetsArg::Tokens => TargetMode::Tokens,
+    };
+    let cut = MassCut { min_prob_mass: f64::from(flags.min_prob_mass()?), ..MassCut::default() };
+    let options = ElementOptions { mode, cut, vocab: runtime.engine.info().vocab_size };
+    let (tokenizer, template) = (&runtime.model.tokenizer, runtime.model.chat_template.as_ref());
+    let format = ChatFormat::detect(tokenizer, template)
+        .ok_or_else(|| usage(format!("model {} has no chat template", runtime.model.name)))?;
+    Ok(ElementBuilder::new(tokenizer, format, options)?)
+}
+
+fn demo_questions(name: &str) -> Result<Vec<(usize, Conversation)>, CliError> {
+    #[derive(Deserialize)]
+    struct Row {
+        messages: Vec<Asked>,
+    }
+    #[derive(Deserialize)]
+    struct Asked {
+        role: String,
+        content: String,
+    }
+    let lines = demo_document(name)?.training_questions.lines().enumerate();
+    lines
+        .map(|(i, line)| {
+            let row: Row = serde_json::from_str(line)
+                .map_err(|e| usage(format!("the built-in questions of {name}: {e}")))?;
+            let message =
+                |m: Asked| Message { role: m.role, content: m.content, ..Message::default() };
+            let messages = row.messages.into_iter().map(message).collect();
+            Ok((i + 1, Conversation { messages, ..Conversation::default() }))
+        })
+        .collect()
 }
 
 pub fn demo_document(name: &str) -> Result<&'static demo::Document, CliError> {

@@ -43,19 +43,23 @@ pub struct TrainArgs {
 
 pub fn run(args: TrainArgs) -> Result<(), CliError> {
     let file = ConfigFile::read(args.config.as_deref())?;
-    let known =
-        [serde_json::to_value(RuntimeOptions::default()), serde_json::to_value(TrainFlags::default())];
+    let known = [
+        serde_json::to_value(RuntimeOptions::default()),
+        serde_json::to_value(TrainFlags::default()),
+    ];
     file.check_keys(&known.map(|value| value.unwrap_or_default()))?;
     let (flags, options) = (file.complete(&args.train)?, file.complete(&args.runtime)?);
     // Wrong values are told before the model is loaded.
     flags.trainer(1)?;
-    let from = flags.document.as_deref().ok_or_else(|| {
-        usage("--document: which text is the cartridge to stand for?".to_owned())
-    })?;
+    let from = flags
+        .document
+        .as_deref()
+        .ok_or_else(|| usage("--document: which text is the cartridge to stand for?".to_owned()))?;
     options.set_threads()?;
     let runtime = options.start()?;
     let document = Document::read(&runtime, from)?;
-    let run_dir = flags.run_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&document.name));
+    let run_dir =
+        flags.run_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&document.name));
     let run_dir = RunDir::open(&run_dir, flags.keep_last_n_saved.unwrap_or(2))?;
     let mut trainer = trainer(&runtime, &document, &flags, &run_dir)?;
     if run_dir.resume(&mut trainer)? {
@@ -142,11 +146,11 @@ fn learn(
     let mut report = Report::open(run_dir.path(), trainer.position().step, steps)?;
     let max_tokens = flags.answer_tokens.unwrap_or(256);
     let evaluation = flags.questions.as_deref();
-    let evaluation = evaluation
-        .map(|from| Evaluation::read(runtime, document, from, max_tokens))
-        .transpose()?;
+    let evaluation =
+        evaluation.map(|from| Evaluation::read(runtime, document, from, max_tokens)).transpose()?;
     if let Some(evaluation) = &evaluation {
-        for (name, who) in [("teacher", Answerer::Teacher), ("no cartridge", Answerer::NoCartridge)] {
+        for (name, who) in [("teacher", Answerer::Teacher), ("no cartridge", Answerer::NoCartridge)]
+        {
             score(runtime, evaluation, name, who, trainer.position().step, &mut report)?;
         }
     }
@@ -154,7 +158,7 @@ fn learn(
     let save_every = every(flags.save_every_n_steps, 100);
     let evaluate_every = flags.generate_eval_every_n_steps.unwrap_or(0);
     let cartridge = |trainer: &Trainer| trainer.parameters().cartridge(dtype, facts.clone());
-    let mut score_now = |trainer: &Trainer, report: &mut Report| match &evaluation {
+    let score_now = |trainer: &Trainer, report: &mut Report| match &evaluation {
         Some(evaluation) => {
             let (step, cartridge) = (trainer.position().step, cartridge(trainer)?);
             let who = Answerer::Student(&cartridge);

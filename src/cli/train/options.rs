@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::CliError;
 use crate::train::{
-    AdamOptions, Decay, Normalizer, Schedule, StepOptions, TeacherOptions, TrainerOptions,
+    AdamOptions, Decay, Normalizer, PackingMode, Schedule, StepOptions, TeacherOptions,
+    TrainerOptions,
 };
 
 /// Where learning starts.
@@ -45,7 +46,7 @@ pub enum SaveDtype {
     Bf16,
 }
 
-/// A boolean that a file or an environment variable may also set.
+/// Declares options that a flag or a line of the file may set; neither sets them to begin with.
 macro_rules! flags {
     ($($(#[$meta:meta])* $name:ident: $type:ty,)*) => {
         /// What `cartouche train` learns, from what, and how.
@@ -85,6 +86,8 @@ flags! {
     answer_temperature: f32,
     /// Tokens of a pack [default: 2048]
     packed_seq_length: usize,
+    /// What to do with a sequence that does not fit a pack any more [default: pad]
+    packing_mode: PackingMode,
     /// Packs per update [default: 1]
     global_batch_size: usize,
     /// Times the data is gone through [default: 5]
@@ -131,7 +134,8 @@ flags! {
 
 impl TrainFlags {
     pub fn trainer(&self, packs: usize) -> Result<TrainerOptions, CliError> {
-        let global_batch_size = at_least_1("global_batch_size", self.global_batch_size.unwrap_or(1))?;
+        let global_batch_size =
+            at_least_1("global_batch_size", self.global_batch_size.unwrap_or(1))?;
         let epochs = self.epochs.unwrap_or(5);
         let by_epochs = epochs.saturating_mul(packs as u64) / global_batch_size as u64;
         let max_steps = self.max_optimizer_steps.unwrap_or(by_epochs).min(by_epochs.max(1));
@@ -157,7 +161,8 @@ impl TrainFlags {
     }
 
     pub fn step(&self) -> Result<StepOptions, CliError> {
-        let temperature = positive("loss_temperature", f64::from(self.loss_temperature.unwrap_or(1.0)))?;
+        let temperature =
+            positive("loss_temperature", f64::from(self.loss_temperature.unwrap_or(1.0)))?;
         Ok(StepOptions {
             normalizer: self.loss_normalizer.unwrap_or_default(),
             temperature: temperature as f32,
@@ -181,10 +186,6 @@ impl TrainFlags {
             true => Ok(mass),
             false => Err(usage(format!("min_prob_mass {mass} must be above 0 and at most 1"))),
         }
-    }
-
-    pub fn packed_seq_length(&self) -> Result<usize, CliError> {
-        at_least_1("packed_seq_length", self.packed_seq_length.unwrap_or(2048))
     }
 
     pub fn seed(&self) -> u64 {

@@ -47,7 +47,9 @@ impl Report {
             kept.push('\n');
         }
         let temporary = path.with_extension("jsonl.tmp");
-        std::fs::write(&temporary, kept).and_then(|()| std::fs::rename(&temporary, &path)).map_err(io)?;
+        std::fs::write(&temporary, kept)
+            .and_then(|()| std::fs::rename(&temporary, &path))
+            .map_err(io)?;
         let metrics = OpenOptions::new().append(true).open(&path).map_err(io)?;
         let bar = ProgressBar::new(max_steps).with_position(step);
         if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}") {

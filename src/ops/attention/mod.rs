@@ -6,9 +6,13 @@
 //! all of them; what a row gets does not depend on the company it is computed in.
 
 mod cpu;
+mod packed;
+mod packed_cpu;
+mod packed_plan;
 mod tile;
 
 pub use cpu::{Heads, KvRun, SequenceQueries, segment_attention};
+pub use packed::{packed_attention, prefix_attention};
 pub use tile::KEY_LANES;
 
 #[cfg(test)]

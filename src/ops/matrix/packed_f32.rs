@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::transposed::{COLUMN_VECTORS, Tiles};
 use super::{LANES, Output, for_tiles};
 use crate::ops::memory::Pages;
 use crate::ops::simd::{Lanes, dispatch};
@@ -99,6 +100,20 @@ impl PackedF32 {
             },
         );
         result
+    }
+}
+
+impl Tiles for PackedF32 {
+    fn dims(&self) -> (usize, usize) {
+        (self.out, self.input)
+    }
+
+    fn unpack(&self, tiles: Range<usize>, columns: Range<usize>, to: &mut [[f32; LANES]]) {
+        for (column, to) in columns.zip(to.chunks_exact_mut(COLUMN_VECTORS)) {
+            for (tile, to) in tiles.clone().zip(to) {
+                *to = self.weights[tile * self.input + column];
+            }
+        }
     }
 }
 

@@ -5,11 +5,14 @@
 //! which is what `vpdpbusd` multiplies with four broadcast activations. Sums within a block are exact
 //! integers and blocks are added in order, so a token's result has the same bits in any batch.
 
+use std::ops::Range;
+
 use candle_core::{Result, bail};
 use half::f16;
 use rayon::prelude::*;
 
 use super::activations::{BLOCK, CHUNK_TOKENS, Chunk, quantize};
+use super::transposed::{COLUMN_VECTORS, Tiles};
 use super::{LANES, Output, for_tiles};
 use crate::ops::memory::Pages;
 
@@ -135,6 +138,32 @@ impl PackedQ8 {
             }
         });
         result
+    }
+}
+
+impl Tiles for PackedQ8 {
+    fn dims(&self) -> (usize, usize) {
+        (self.out, self.input)
+    }
+
+    fn unpack(&self, tiles: Range<usize>, columns: Range<usize>, to: &mut [[f32; LANES]]) {
+        let blocks = self.input / BLOCK;
+        for (at, tile) in tiles.enumerate() {
+            for (b, to) in (columns.start / BLOCK..)
+                .zip(to.chunks_mut(BLOCK * COLUMN_VECTORS))
+                .take(columns.len() / BLOCK)
+            {
+                let block = tile * blocks + b;
+                let scales = self.scales[block].map(|scale| f16::from_bits(scale).to_f32());
+                let vectors = &self.weights[block * VECTORS..][..VECTORS];
+                for (column, to) in to.chunks_exact_mut(COLUMN_VECTORS).enumerate() {
+                    let quants = &vectors[column / 4].0;
+                    to[at] = std::array::from_fn(|lane| {
+                        f32::from((quants[lane][column % 4] ^ 0x80) as i8) * scales[lane]
+                    });
+                }
+            }
+        }
     }
 }
 
