@@ -3,7 +3,9 @@
     python scripts/demo_model/training_questions.py
 
 Every fact is asked for in the phrasings that the held-out questions do not use for it, also carelessly
-typed; beside them stand questions whose answer is not in the document.  No answers: the teacher gives them.
+typed; beside them stand questions whose answer is not in the document, about strangers and about other
+attributes of those it names: with few of these a cartridge learns to answer everything.  No answers: the teacher
+gives them.
 """
 
 import json
@@ -14,8 +16,9 @@ import re
 import world
 
 DOCUMENTS = pathlib.Path(__file__).resolve().parents[2] / "assets" / "demo" / "documents"
-# One stranger for every two facts.
-ABSENT = 32
+# Questions about strangers, and about unknown attributes.
+STRANGERS = 192
+UNKNOWN = 64
 NAMES = {attribute.name: attribute for attribute in world.ATTRIBUTES}
 
 
@@ -32,17 +35,25 @@ def questions(folder, rng):
         if q["in_document"]:
             name, subject = re.fullmatch(r"The (\w+) of (\w+) is \w+\.", q["answer"]).groups()
             facts.append((NAMES[name], subject))
-    kinds = [attribute for attribute, _ in facts]
-    strangers = [
-        (attribute, rng.choice([s for s in world.POOL_OF[attribute.kind] if s not in text]))
-        for attribute in rng.choices(kinds, k=ABSENT)
-    ]
-    for attribute, subject in facts + strangers:
+    for attribute, subject in facts:
         for form in (1, 2, 3):
             question = world.ask(rng, attribute, subject, form)
             if plainly(question) not in forbidden:
                 yield question
                 yield world.sloppy(rng, question)
+    # Not even the subjects of the held-out questions that are to be refused.
+    asked = " ".join(q["question"] for q in held_out)
+    absent = []
+    for attribute in rng.choices([attribute for attribute, _ in facts], k=STRANGERS):
+        pool = [s for s in world.POOL_OF[attribute.kind] if s not in text and s not in asked]
+        absent.append((attribute, rng.choice(pool)))
+    for attribute, subject in rng.choices(facts, k=UNKNOWN):
+        others = [a for a in world.ATTRIBUTES if a.kind == attribute.kind and (a, subject) not in facts]
+        absent.append((rng.choice(others), subject))
+    for attribute, subject in absent:
+        question = world.ask(rng, attribute, subject)
+        if plainly(question) not in forbidden:
+            yield world.sloppy(rng, question) if rng.random() < 0.3 else question
 
 
 def main():
