@@ -346,4 +346,6 @@ async fn every_request_is_answered_and_rightly() {
         );
     }
     assert!(restarts > 0);
+    assert!(preemptions > 0, "no sequence gave way to another");
+    assert!(hits > 0, "nothing was shared");
 }
