@@ -139,8 +139,6 @@ impl Server {
         let mut lines = output.lines().map(Result::unwrap);
         let line = lines.find(|line| line.starts_with("Cartouche ")).unwrap();
         server.address = line.split_once("http://").unwrap().1.to_owned();
-        // What it prints later must have somewhere to go.
-        std::thread::spawn(move || lines.for_each(drop));
         server
     }
 
