@@ -33,7 +33,8 @@ pub struct RuntimeOptions {
     /// Threads that compute [default: the cores this process may use]
     #[arg(long, env = "CARTOUCHE_THREADS")]
     pub threads: Option<usize>,
-    /// MiB of the KV cache; memory is taken as it fills [default: 1024]
+    /// MiB of the KV cache; memory is taken as it fills, and with the prefix cache on it fills in time,
+    /// however few requests run [default: 1024]
     #[arg(long, env = "CARTOUCHE_KV_CACHE_MIB")]
     pub kv_cache_mib: Option<u64>,
     /// Sequences decoded together [default: 64]
