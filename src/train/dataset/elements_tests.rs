@@ -207,8 +207,8 @@ fn rows_that_cannot_be_learned_from_are_refused() {
         (TargetMode::Logits, with(&[1], TopLogprobs::default()), RowError::NoLogprobs),
         (TargetMode::Tokens, vec![q()], RowError::NoAssistant),
         (TargetMode::Teacher, vec![q()], RowError::NoAssistant),
-        (TargetMode::Logits, with(&[VOCAB as u32], top(&[1])), vocab(VOCAB as i64)),
-        (TargetMode::Logits, with(&[1], wide), vocab(VOCAB as i64)),
+        (TargetMode::Logits, with(&[VOCAB as u32], top(&[1])), vocab(VOCAB as u32)),
+        (TargetMode::Logits, with(&[1], wide), vocab(VOCAB as u32)),
         (
             TargetMode::Logits,
             with(&[1], top(&[1, 2])),
