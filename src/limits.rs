@@ -125,8 +125,10 @@ pub const MAX_DATASET_TOKENS: usize = 1 << 28;
 pub const MAX_DATASET_TARGETS: usize = 1 << 29;
 /// Bytes of the footer of a Parquet file.
 pub const MAX_PARQUET_FOOTER_BYTES: u64 = 64 << 20;
-/// Nodes of the schema of a Parquet file. The Parquet crate recurses through them.
-pub const MAX_PARQUET_SCHEMA_NODES: usize = 256;
+/// Nodes of the schema of a Parquet file: columns and groups of columns.
+pub const MAX_PARQUET_SCHEMA_NODES: usize = 1024;
+/// Levels of the schema of a Parquet file, through which the Parquet crate recurses.
+pub const MAX_PARQUET_SCHEMA_DEPTH: usize = 32;
 /// Bytes of one page header of a Parquet file, which may hold a smallest and a largest text.
 pub const MAX_PARQUET_PAGE_HEADER_BYTES: usize = 64 << 10;
 /// Values of a Parquet file, whatever its size. Repeated values take next to no room in a file, and some

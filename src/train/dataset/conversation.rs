@@ -74,7 +74,7 @@ impl RawMessage {
         }
         let token_ids = self.token_ids.map(|ids| {
             // A model's vocabulary is smaller than u32 by far; how large it is, only the builder knows.
-            let id = |id| u32::try_from(id).map_err(|_| negative(message, id));
+            let id = |id| u32::try_from(id).map_err(|_| RowError::TokenId { message, id });
             ids.into_iter().map(id).collect::<Result<Vec<_>, _>>()
         });
         let top_logprobs = self.top_logprobs.transpose();
@@ -86,8 +86,4 @@ impl RawMessage {
                 .map_err(|reason| RowError::TopLogprobs { message, reason })?,
         })
     }
-}
-
-fn negative(message: usize, id: i64) -> RowError {
-    RowError::Vocabulary { message, id, vocab: u32::MAX as usize }
 }

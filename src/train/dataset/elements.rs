@@ -130,6 +130,7 @@ impl<'a> ElementBuilder<'a> {
         let mode = self.options.mode;
         let stored = message.token_ids.as_ref().filter(|_| mode != TargetMode::Tokens);
         let body = stored.unwrap_or(&turn.body);
+        let start = element.tokens.len();
         element.tokens.extend(&turn.start);
         let begin = element.tokens.len();
         element.tokens.extend(body);
@@ -149,7 +150,7 @@ impl<'a> ElementBuilder<'a> {
         if is_whole {
             element.tokens.extend(&turn.extra);
         }
-        self.check_tokens(index, &element.tokens[begin..], element.tokens.len())?;
+        self.check_tokens(index, &element.tokens[start..], element.tokens.len())?;
 
         match mode {
             TargetMode::Logits => {
@@ -209,7 +210,7 @@ impl<'a> ElementBuilder<'a> {
         if (id as usize) < vocab {
             return Ok(());
         }
-        Err(RowError::Vocabulary { message, id: id.into(), vocab })
+        Err(RowError::Vocabulary { message, id, vocab })
     }
 }
 
@@ -252,3 +253,7 @@ pub fn load_elements(
     }
     Ok(elements)
 }
+
+#[cfg(test)]
+#[path = "elements_tests.rs"]
+mod tests;

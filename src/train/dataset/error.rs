@@ -53,11 +53,13 @@ pub enum RowError {
          that the teacher generated in the row"
     )]
     TokenCount { message: usize, found: u32, tokens: usize },
+    #[error("message {message}: `token_ids` has {id}, which no token has")]
+    TokenId { message: usize, id: i64 },
     #[error(
         "message {message}: token id {id} is not in the model's vocabulary of {vocab}; the row was made \
-         with another tokenizer"
+         with another tokenizer, or the chat format is of another model"
     )]
-    Vocabulary { message: usize, id: i64, vocab: usize },
+    Vocabulary { message: usize, id: u32, vocab: usize },
     #[error(
         "no message has log-probabilities, which logits targets are made of; train on tokens, use an \
          online teacher, or synthesise the dataset again with top_logprobs"

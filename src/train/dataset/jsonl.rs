@@ -39,7 +39,8 @@ impl JsonLines {
     fn row(&self) -> Result<Conversation, RowError> {
         // Files of Windows editors begin with a byte-order mark.
         let text = self.text.strip_prefix(b"\xEF\xBB\xBF").filter(|_| self.line == 1);
-        let text = text.unwrap_or(&self.text).trim_ascii_end();
+        let text = text.unwrap_or(&self.text);
+        let text = text.strip_suffix(b"\n").unwrap_or(text);
         if text.len() > MAX_DATASET_LINE_BYTES {
             return Err(RowError::LineTooLong);
         }

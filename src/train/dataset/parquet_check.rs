@@ -9,8 +9,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use crate::limits::{
-    MAX_PARQUET_FOOTER_BYTES, MAX_PARQUET_PAGE_HEADER_BYTES, MAX_PARQUET_SCHEMA_NODES,
-    MAX_PARQUET_VALUES_PER_BYTE, MIN_PARQUET_VALUES,
+    MAX_PARQUET_FOOTER_BYTES, MAX_PARQUET_PAGE_HEADER_BYTES, MAX_PARQUET_SCHEMA_DEPTH,
+    MAX_PARQUET_SCHEMA_NODES, MAX_PARQUET_VALUES_PER_BYTE, MIN_PARQUET_VALUES,
 };
 
 /// Snappy cannot make a page smaller than about 1/22; no compression leaves it as it is.
@@ -43,39 +43,69 @@ pub(super) fn check_footer(file: &File, bytes: u64) -> Result<(), String> {
     let start = start.checked_sub(length).ok_or(BROKEN)?;
     let mut footer = vec![0; length as usize];
     file.read_exact_at(&mut footer, start).map_err(broken)?;
-    let nodes = schema_nodes(&footer).ok_or(BROKEN)?;
+    let Schema { nodes, depth } = Schema::read(&footer).ok_or(BROKEN)?;
     if nodes > MAX_PARQUET_SCHEMA_NODES as u64 {
         return Err(format!(
             "has {nodes} columns and groups of columns; at most {MAX_PARQUET_SCHEMA_NODES} are read"
         ));
     }
+    if depth > MAX_PARQUET_SCHEMA_DEPTH {
+        return Err(format!(
+            "has a schema of {depth} levels; at most {MAX_PARQUET_SCHEMA_DEPTH} are read"
+        ));
+    }
     Ok(())
 }
 
-/// The number of schema nodes, none of which claims more children than that.
-fn schema_nodes(footer: &[u8]) -> Option<u64> {
-    let mut walk = Walk { bytes: footer, at: 0 };
-    let mut nodes = None;
-    walk.fields(|walk, id, kind| {
-        // The crate ignores a second schema, as this does.
-        if id != 2 || nodes.is_some() {
-            return walk.skip(kind, 0);
-        }
-        let (count, element) = walk.list()?;
-        if element != STRUCT {
-            return None;
-        }
-        nodes = Some(count);
-        // A schema that is refused for its size need not be walked.
-        for _ in 0..count.min(MAX_PARQUET_SCHEMA_NODES as u64) {
+/// The size of a schema, none of whose nodes claims more children than there are nodes.
+#[derive(Debug, Default, PartialEq)]
+struct Schema {
+    nodes: u64,
+    /// 0 when there are too many nodes to look at them.
+    depth: usize,
+}
+
+impl Schema {
+    fn read(footer: &[u8]) -> Option<Self> {
+        let mut walk = Walk { bytes: footer, at: 0 };
+        let mut schema = None;
+        // The walk ends with the first schema: the crate ignores a second one.
+        walk.fields(|walk, id, kind| {
+            if id != 2 {
+                return walk.skip(kind, 0);
+            }
+            let (nodes, _) = walk.list().filter(|(_, element)| *element == STRUCT)?;
+            let few = nodes <= MAX_PARQUET_SCHEMA_NODES as u64;
+            let depth = if few { Self::depth(walk, nodes)? } else { 0 };
+            schema = Some(Self { nodes, depth });
+            None
+        });
+        schema
+    }
+
+    /// Walks over `nodes` nodes, parents before their children.
+    fn depth(walk: &mut Walk, nodes: u64) -> Option<usize> {
+        let mut depth = 0;
+        // How many children each node above the next one still waits for.
+        let mut waiting: Vec<i64> = Vec::new();
+        for _ in 0..nodes {
+            let mut children = 0;
             walk.fields(|walk, id, kind| match (id, kind) {
-                (5, I32) => (0..=count as i64).contains(&walk.integer()?).then_some(()),
+                (5, I32) => {
+                    children = walk.integer().filter(|n| (0..=nodes as i64).contains(n))?;
+                    Some(())
+                }
                 _ => walk.skip(kind, 0),
             })?;
+            while waiting.pop_if(|n| *n == 0).is_some() {}
+            if let Some(parent) = waiting.last_mut() {
+                *parent -= 1;
+            }
+            waiting.push(children);
+            depth = depth.max(waiting.len());
         }
-        (count <= MAX_PARQUET_SCHEMA_NODES as u64).then_some(())
-    });
-    nodes
+        Some(depth)
+    }
 }
 
 /// How many values the pages of a file may still claim, and how many bytes its columns may still take.

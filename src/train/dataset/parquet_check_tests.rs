@@ -11,21 +11,27 @@ fn footer(children: &[u8]) -> Vec<u8> {
     bytes
 }
 
+fn schema(nodes: u64, depth: usize) -> Option<Schema> {
+    Some(Schema { nodes, depth })
+}
+
 #[test]
 fn schemas_are_counted_and_their_children_bounded() {
-    assert_eq!(schema_nodes(&footer(&[2, 0, 0])), Some(3));
+    assert_eq!(Schema::read(&footer(&[2, 0, 0])), schema(3, 2));
+    assert_eq!(Schema::read(&footer(&[2, 1, 1, 0, 1, 0])), schema(6, 4));
+    assert_eq!(Schema::read(&footer(&[3, 1, 0, 0, 2, 0, 0])), schema(7, 3));
     // More nodes than are read are counted, not walked.
     let mut many = vec![0x15, 4, 0x19, 0xFC];
     many.extend([0xFF, 0xFF, 0xFF, 0x7F]);
-    assert_eq!(schema_nodes(&many), Some((1 << 28) - 1));
-    assert_eq!(schema_nodes(&[0x15, 4, 0]), None);
-    assert_eq!(schema_nodes(&[]), None);
+    assert_eq!(Schema::read(&many), schema((1 << 28) - 1, 0));
+    assert_eq!(Schema::read(&[0x15, 4, 0]), None);
+    assert_eq!(Schema::read(&[]), None);
 }
 
 /// A file could make the reader reserve gigabytes by a number in its schema.
 #[test]
 fn a_node_with_more_children_than_nodes_is_refused() {
-    assert_eq!(schema_nodes(&footer(&[4, 0, 0])), None);
+    assert_eq!(Schema::read(&footer(&[4, 0, 0])), None);
 }
 
 #[test]
