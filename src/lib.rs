@@ -14,7 +14,7 @@
 //! | [`model`] | one decoder for the Llama family and Qwen | `ops`, `text`, shapes and KV of `cartridge` |
 //! | [`cartridge`] | the artifact, its file formats, the registry | candle only |
 //! | [`text`] | tokenizer, chat template, detokenizer, stop strings | nothing of ours |
-//! | [`ops`] | building blocks; all but attention have a backward pass | candle only |
+//! | [`ops`] | building blocks with their backward passes | candle only |
 //!
 //! `docs/architecture.md` holds the invariants and where each one is enforced.
 

@@ -294,14 +294,19 @@ fn a_step_leaves_the_model_and_the_cartridge_as_they_were() {
     let all = |prefix: &[PrefixLayer]| -> Vec<Vec<f32>> {
         prefix.iter().flat_map(|l| [values(&l.keys), values(&l.values)]).collect()
     };
-    let before = all(&prefix);
+    // Every weight has a part in these; the same bits mean the same weights.
+    let loss_bits = || {
+        let loss = evaluate(&decoder, &prefix, &pack, &options(1.0, false)).unwrap();
+        loss.nll_sum.to_bits()
+    };
+    let before = (all(&prefix), loss_bits());
     let run = |recompute| -> StepOutput {
         gradients(&decoder, &prefix, &pack, &options(1.0, recompute)).unwrap()
     };
     let first = run(true);
     run(false);
     let second = run(true);
-    assert_eq!(before, all(&prefix));
+    assert_eq!(before, (all(&prefix), loss_bits()));
     assert_eq!(first.loss, second.loss);
     for (a, b) in both(&first.gradients).zip(both(&second.gradients)) {
         assert_eq!(values(a), values(b), "the same step twice gives the same bits");

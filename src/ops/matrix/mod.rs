@@ -260,6 +260,21 @@ impl Output {
             std::ptr::copy_nonoverlapping(sums.as_ptr(), to, len);
         }
     }
+
+    /// Adds to what [`Self::write`] would replace.
+    ///
+    /// # Safety
+    /// As for [`Self::write`], and the row must have all of the columns.
+    #[inline(always)]
+    unsafe fn add(&self, row: usize, column: usize, sums: &[f32; LANES]) {
+        debug_assert!(column + LANES <= self.width);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let to = self.start.add(row * self.width + column).cast::<[f32; LANES]>();
+            let old = to.read();
+            to.write(std::array::from_fn(|lane| old[lane] + sums[lane]));
+        }
+    }
 }
 
 /// Calls `f` with ranges that cover `0..tiles`, on several threads where the work is worth it. A range has

@@ -9,13 +9,13 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::transposed::{COLUMN_VECTORS, Tiles};
+use super::transposed::Tiles;
 use super::{LANES, Output, for_tiles};
 use crate::ops::memory::Pages;
 use crate::ops::simd::{Lanes, dispatch};
 
 /// Tokens multiplied at once: as many as keep their sums in registers.
-const CHUNK_TOKENS: usize = 8;
+pub(super) const CHUNK_TOKENS: usize = 8;
 /// Weights that one thread multiplies with chunk after chunk of tokens; they stay in its L2 cache.
 const GROUP_BYTES: usize = 512 << 10;
 
@@ -72,10 +72,7 @@ impl PackedF32 {
     /// `x · weightᵀ` for `x` `[tokens, in]`: `[tokens, out]`.
     pub fn product(&self, x: &[f32]) -> Vec<f32> {
         let tokens = x.len() / self.input;
-        let chunks: Vec<Vec<f32>> = x
-            .chunks(CHUNK_TOKENS * self.input)
-            .map(|chunk| interleave(chunk, self.input))
-            .collect();
+        let chunks = interleaved(x, self.input);
         let mut result = vec![0f32; tokens * self.out];
         let output = Output::new(&mut result, self.out);
         let tiles = self.out.div_ceil(LANES);
@@ -94,6 +91,7 @@ impl PackedF32 {
                         output,
                         first_token: c * CHUNK_TOKENS,
                         first_out: range.start * LANES,
+                        add: false,
                     };
                     multiply(&part);
                 }
@@ -108,13 +106,40 @@ impl Tiles for PackedF32 {
         (self.out, self.input)
     }
 
-    fn unpack(&self, tiles: Range<usize>, columns: Range<usize>, to: &mut [[f32; LANES]]) {
-        for (column, to) in columns.zip(to.chunks_exact_mut(COLUMN_VECTORS)) {
-            for (tile, to) in tiles.clone().zip(to) {
-                *to = self.weights[tile * self.input + column];
+    fn turn(&self, rows: Range<usize>, columns: Range<usize>, to: &mut [[f32; LANES]]) {
+        for (columns, to) in columns_of_tiles(columns).zip(to.chunks_exact_mut(rows.len())) {
+            for (tile, to) in (rows.start / LANES..).zip(to.chunks_mut(LANES)) {
+                let from = &self.weights[tile * self.input..][columns.clone()];
+                // A whole square in registers, where there is one.
+                match <&[[f32; LANES]; LANES]>::try_from(from) {
+                    Ok(from) => turn_square(from, to),
+                    Err(_) => {
+                        for (c, from) in from.iter().enumerate() {
+                            to.iter_mut().zip(from).for_each(|(to, value)| to[c] = *value);
+                        }
+                    }
+                }
             }
         }
     }
+}
+
+/// Ranges of up to [`LANES`] columns.
+fn columns_of_tiles(columns: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let end = columns.end;
+    columns.step_by(LANES).map(move |start| start..end.min(start + LANES))
+}
+
+fn turn_square(from: &[[f32; LANES]; LANES], to: &mut [[f32; LANES]]) {
+    for (row, to) in to.iter_mut().enumerate() {
+        *to = std::array::from_fn(|c| from[c][row]);
+    }
+}
+
+/// Chunks of tokens, each as the kernels read it.
+pub(super) fn interleaved(x: &[f32], input: usize) -> Vec<Vec<f32>> {
+    let chunks = x.par_chunks(CHUNK_TOKENS * input).with_min_len(8);
+    chunks.map(|chunk| interleave(chunk, input)).collect()
 }
 
 /// `[tokens, in]` to `[in, tokens]`.
@@ -128,18 +153,21 @@ fn interleave(x: &[f32], input: usize) -> Vec<f32> {
 }
 
 /// Some tiles with one chunk of tokens.
-struct Part<'a> {
-    weights: &'a [[f32; LANES]],
-    input: usize,
-    /// `[in, tokens]`.
-    x: &'a [f32],
-    tokens: usize,
-    output: Output,
-    first_token: usize,
-    first_out: usize,
+pub(super) struct Part<'a> {
+    /// `[tiles, input]`.
+    pub weights: &'a [[f32; LANES]],
+    pub input: usize,
+    /// `[input, tokens]`.
+    pub x: &'a [f32],
+    pub tokens: usize,
+    pub output: Output,
+    pub first_token: usize,
+    pub first_out: usize,
+    /// Whether the sums are added to the output, whose rows then have whole tiles, or take its place.
+    pub add: bool,
 }
 
-fn multiply(part: &Part<'_>) {
+pub(super) fn multiply(part: &Part<'_>) {
     dispatch!(multiply_with(part: &Part<'_>))
 }
 
@@ -197,8 +225,13 @@ fn sums<L: Lanes, const TOKENS: usize, const TILES: usize>(
     for (t, sums) in sums.iter().enumerate() {
         for (tile, sums) in sums.iter().enumerate() {
             let column = column + tile * LANES;
-            // SAFETY: every (token, tile) is written once, by one task, within the result.
-            unsafe { part.output.write(part.first_token + t, column, &sums.to_array()) };
+            // SAFETY: every (token, tile) is written by one task, within the result.
+            unsafe {
+                match part.add {
+                    true => part.output.add(part.first_token + t, column, &sums.to_array()),
+                    false => part.output.write(part.first_token + t, column, &sums.to_array()),
+                }
+            }
         }
     }
 }

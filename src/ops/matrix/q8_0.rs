@@ -12,7 +12,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::activations::{BLOCK, CHUNK_TOKENS, Chunk, quantize};
-use super::transposed::{COLUMN_VECTORS, Tiles};
+use super::transposed::Tiles;
 use super::{LANES, Output, for_tiles};
 use crate::ops::memory::Pages;
 
@@ -146,22 +146,19 @@ impl Tiles for PackedQ8 {
         (self.out, self.input)
     }
 
-    fn unpack(&self, tiles: Range<usize>, columns: Range<usize>, to: &mut [[f32; LANES]]) {
+    fn turn(&self, rows: Range<usize>, columns: Range<usize>, to: &mut [[f32; LANES]]) {
         let blocks = self.input / BLOCK;
-        for (at, tile) in tiles.enumerate() {
-            for (b, to) in (columns.start / BLOCK..)
-                .zip(to.chunks_mut(BLOCK * COLUMN_VECTORS))
-                .take(columns.len() / BLOCK)
-            {
-                let block = tile * blocks + b;
-                let scales = self.scales[block].map(|scale| f16::from_bits(scale).to_f32());
+        // A block is two tiles of columns.
+        for (b, to) in (columns.start / BLOCK..).zip(to.chunks_mut(BLOCK / LANES * rows.len())) {
+            for (r, row) in rows.clone().enumerate() {
+                let (block, lane) = (row / LANES * blocks + b, row % LANES);
+                let scale = f16::from_bits(self.scales[block][lane]).to_f32();
                 let vectors = &self.weights[block * VECTORS..][..VECTORS];
-                for (column, to) in to.chunks_exact_mut(COLUMN_VECTORS).enumerate() {
-                    let quants = &vectors[column / 4].0;
-                    to[at] = std::array::from_fn(|lane| {
-                        f32::from((quants[lane][column % 4] ^ 0x80) as i8) * scales[lane]
-                    });
-                }
+                let value = |column: usize| {
+                    f32::from((vectors[column / 4].0[lane][column % 4] ^ 0x80) as i8) * scale
+                };
+                to[r] = std::array::from_fn(value);
+                to[rows.len() + r] = std::array::from_fn(|column| value(LANES + column));
             }
         }
     }
