@@ -58,3 +58,34 @@ fn deep_and_endless_values_end_the_walk() {
     endless.push(0x7F);
     assert_eq!(Page::read(&endless), None);
 }
+
+/// Pages of some bytes could claim billions of equal values, or gigabytes of room.
+#[test]
+fn pages_that_claim_too_much_are_refused() {
+    use std::io::Write;
+    // Sizes 2000 and `stored`, a data page header with 2^21 - 1 values and the given encoding.
+    let page = |stored: u8, encoding: u8| {
+        let mut page = vec![0x15, 0, 0x15, 0xA0, 0x1F, 0x15, stored * 2];
+        page.extend([0x2C, 0x15, 0xFE, 0xFF, 0xFF, 0x01, 0x15, encoding * 2, 0, 0]);
+        page.extend(vec![9; stored.into()]);
+        page
+    };
+    let check = |pages: &[Vec<u8>], file_bytes| {
+        let bytes = pages.concat();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes).unwrap();
+        let mut budget = Budget::new(file_bytes);
+        budget.check_chunk(&file, 0, bytes.len() as u64).map(|()| budget.values)
+    };
+    let good = || page(60, 3);
+    let values = (1 << 21) - 1;
+    assert_eq!(check(&[good(), good()], 200), Ok(MIN_PARQUET_VALUES + 3200 - 2 * values));
+    let e = check(&[good(), good(), good()], 300).unwrap_err();
+    assert!(e.contains("far more values"), "{e}");
+    let e = check(&[page(20, 3)], 200).unwrap_err();
+    assert!(e.contains("damaged page at byte 0"), "{e}");
+    let e = check(&[good(), page(60, 5)], 300).unwrap_err();
+    assert!(e.contains("page encoding"), "{e}");
+    // Column chunks that overlap: together they are longer than the file.
+    assert_eq!(check(&[good()], 60), Err(BROKEN.to_owned()));
+}
