@@ -60,7 +60,9 @@ impl Adam {
         let steps = self.step as f64;
         let step_size = (lr / (1.0 - beta1.powf(steps))) as f32;
         let second_root = (1.0 - beta2.powf(steps)).sqrt() as f32;
-        let (beta1, beta2) = (beta1 as f32, beta2 as f32);
+        // The complements are taken in f64, as torch does.
+        let (rest1, rest2) = ((1.0 - beta1) as f32, (1.0 - beta2) as f32);
+        let beta2 = beta2 as f32;
         let (eps, decay) = (eps as f32, weight_decay as f32);
         parameters
             .tensors_mut()
@@ -70,8 +72,8 @@ impl Adam {
             .for_each(|((values, gradient), (first, second))| {
                 for i in runs.iter().cloned().flatten() {
                     let g = gradient[i] * scale + decay * values[i];
-                    first[i] += (1.0 - beta1) * (g - first[i]);
-                    second[i] = beta2 * second[i] + (1.0 - beta2) * g * g;
+                    first[i] += rest1 * (g - first[i]);
+                    second[i] = beta2 * second[i] + rest2 * g * g;
                     values[i] -= step_size * first[i] / (second[i].sqrt() / second_root + eps);
                 }
             });
