@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use candle_core::{Device, Tensor, Var};
 use cartouche::model::{ModelSource, Quantize, load_decoder};
-use cartouche::train::{Pack, PrefixLayer, StepOptions, Targets, evaluate, gradients};
+use cartouche::train::{
+    Pack, PrefixLayer, StepOptions, Targets, evaluate, gradients, keep_freed_memory,
+};
 use clap::Parser;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -34,6 +36,9 @@ struct Args {
     recompute: bool,
     #[arg(long)]
     q8_0: bool,
+    /// Let the allocator keep what is freed.
+    #[arg(long)]
+    keep_memory: bool,
     #[arg(long, default_value_t = 3)]
     repeat: usize,
     /// Passed by cargo.
@@ -43,6 +48,9 @@ struct Args {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
+    if args.keep_memory {
+        keep_freed_memory();
+    }
     let source: ModelSource = args.model.parse()?;
     let decoder = load_decoder(&source, args.q8_0.then_some(Quantize::Q8_0))?;
     let config = decoder.config();

@@ -8,10 +8,12 @@ mod attention;
 mod check;
 mod error;
 mod loss;
+mod memory;
 mod pack;
 mod step;
 
 pub use error::TrainError;
 pub use loss::{LossOnly, Normalizer};
+pub use memory::keep_freed_memory;
 pub use pack::{Pack, Targets};
 pub use step::{PrefixLayer, StepOptions, StepOutput, evaluate, gradients};
