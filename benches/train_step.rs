@@ -37,6 +37,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
     // SAFETY: no other thread has started yet.
     unsafe { std::env::set_var("RAYON_NUM_THREADS", args.threads.to_string()) };
+    cartouche::train::keep_freed_memory();
     let source: ModelSource = args.model.parse()?;
     let decoder = model::load(&source, &LoadOptions::default())?.decoder;
     let mut packs = RunDir::open(&args.run_dir, 0)?.read_packs()?;

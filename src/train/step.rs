@@ -26,7 +26,7 @@ pub struct StepOptions {
     pub normalizer: Normalizer,
     /// Divides the student's logits; 1 leaves them as they are.
     pub temperature: f32,
-    /// Keep only each layer's input and compute the layer again for its gradient: a third more work, and
+    /// Keep only each layer's input and compute the layer again for its gradient: half as much work again, and
     /// the activations of one layer in memory instead of all. The result is the same.
     pub recompute: bool,
 }

@@ -56,6 +56,7 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
         .as_deref()
         .ok_or_else(|| usage("--document: which text is the cartridge to stand for?".to_owned()))?;
     options.set_threads()?;
+    train::keep_freed_memory();
     let runtime = options.start()?;
     let document = Document::read(&runtime, from)?;
     let run_dir =

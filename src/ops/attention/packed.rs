@@ -5,7 +5,7 @@
 //! arguments. Nothing of the size of tokens by tokens exists: the forward keeps one number per row and
 //! head, and the backward computes the scores again, tile by tile (FlashAttention's scheme).
 
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
@@ -61,13 +61,13 @@ fn attend(q: &Tensor, k: &Tensor, v: &Tensor, cu_seqlens: &[u32], scale: f32) ->
         candle_core::bail!("prefix attention: {heads} heads over {kv_heads} KV heads");
     }
     let heads = Heads { heads, kv_heads, head_dim };
-    let plan = Arc::new(Plan::new(cu_seqlens, tokens, all - tokens, heads)?);
+    let plan = Plan::new(cu_seqlens, tokens, all - tokens, heads)?;
     let op = PackedAttention { plan, heads, scale, log_sums: OnceLock::new() };
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
 }
 
 struct PackedAttention {
-    plan: Arc<Plan>,
+    plan: Plan,
     heads: Heads,
     scale: f32,
     /// Of the forward, for the backward: per task the logarithm of each row's softmax denominator.

@@ -261,19 +261,23 @@ impl Output {
         }
     }
 
-    /// Adds to what [`Self::write`] would replace.
+    /// What [`Self::write`] would replace; zeroes past the last column.
     ///
     /// # Safety
-    /// As for [`Self::write`], and the row must have all of the columns.
+    /// As for [`Self::write`].
     #[inline(always)]
-    unsafe fn add(&self, row: usize, column: usize, sums: &[f32; LANES]) {
-        debug_assert!(column + LANES <= self.width);
-        // SAFETY: the caller's promise.
+    unsafe fn read(&self, row: usize, column: usize) -> [f32; LANES] {
+        let len = LANES.min(self.width - column);
+        let mut values = [0f32; LANES];
+        // SAFETY: `column + len <= width`, the rest is the caller's promise.
         unsafe {
-            let to = self.start.add(row * self.width + column).cast::<[f32; LANES]>();
-            let old = to.read();
-            to.write(std::array::from_fn(|lane| old[lane] + sums[lane]));
+            let from = self.start.add(row * self.width + column);
+            match len {
+                LANES => values = from.cast::<[f32; LANES]>().read(),
+                _ => std::ptr::copy_nonoverlapping(from, values.as_mut_ptr(), len),
+            }
         }
+        values
     }
 }
 

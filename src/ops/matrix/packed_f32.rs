@@ -18,6 +18,9 @@ use crate::ops::simd::{Lanes, dispatch};
 pub(super) const CHUNK_TOKENS: usize = 8;
 /// Weights that one thread multiplies with chunk after chunk of tokens; they stay in its L2 cache.
 const GROUP_BYTES: usize = 512 << 10;
+/// Inputs multiplied at once where there are many tokens: longer rows would not leave room for a group of
+/// tiles in the cache. Sums go on from what is stored, so the block does not show in their bits.
+const BLOCK_INPUTS: usize = 512;
 
 #[derive(Debug)]
 pub(super) struct PackedF32 {
@@ -76,24 +79,31 @@ impl PackedF32 {
         let mut result = vec![0f32; tokens * self.out];
         let output = Output::new(&mut result, self.out);
         let tiles = self.out.div_ceil(LANES);
-        let in_cache = GROUP_BYTES / (self.input * size_of::<[f32; LANES]>());
+        // Few tokens read every weight once, so they gain nothing from its staying in the cache.
+        let block = if chunks.len() < 4 { self.input } else { self.input.min(BLOCK_INPUTS) };
+        let in_cache = GROUP_BYTES / (block * size_of::<[f32; LANES]>());
         for_tiles(
             tiles,
             in_cache.next_multiple_of(4),
             tokens * self.weights.len() * LANES,
             |range| {
-                for (c, chunk) in chunks.iter().enumerate() {
-                    let part = Part {
-                        weights: &self.weights[range.start * self.input..range.end * self.input],
-                        input: self.input,
-                        x: chunk,
-                        tokens: chunk.len() / self.input,
-                        output,
-                        first_token: c * CHUNK_TOKENS,
-                        first_out: range.start * LANES,
-                        add: false,
-                    };
-                    multiply(&part);
+                for first in (0..self.input).step_by(block) {
+                    let inputs = first..self.input.min(first + block);
+                    for (c, chunk) in chunks.iter().enumerate() {
+                        let tokens = chunk.len() / self.input;
+                        multiply(&Part {
+                            weights: &self.weights
+                                [range.start * self.input..range.end * self.input],
+                            input: self.input,
+                            inputs: inputs.clone(),
+                            x: &chunk[inputs.start * tokens..inputs.end * tokens],
+                            tokens,
+                            output,
+                            first_token: c * CHUNK_TOKENS,
+                            first_out: range.start * LANES,
+                            go_on: first > 0,
+                        });
+                    }
                 }
             },
         );
@@ -157,14 +167,16 @@ pub(super) struct Part<'a> {
     /// `[tiles, input]`.
     pub weights: &'a [[f32; LANES]],
     pub input: usize,
-    /// `[input, tokens]`.
+    /// Which of the inputs to multiply.
+    pub inputs: Range<usize>,
+    /// `[inputs, tokens]`.
     pub x: &'a [f32],
     pub tokens: usize,
     pub output: Output,
     pub first_token: usize,
     pub first_out: usize,
-    /// Whether the sums are added to the output, whose rows then have whole tiles, or take its place.
-    pub add: bool,
+    /// Whether the sums go on from what is in the output.
+    pub go_on: bool,
 }
 
 pub(super) fn multiply(part: &Part<'_>) {
@@ -208,11 +220,21 @@ fn sums<L: Lanes, const TOKENS: usize, const TILES: usize>(
     column: usize,
 ) {
     let mut sums = [[L::splat(0.0); TILES]; TOKENS];
-    let weights = &weights[..TILES * part.input];
-    for (i, x) in part.x.chunks_exact(TOKENS).take(part.input).enumerate() {
+    if part.go_on {
+        for (t, sums) in sums.iter_mut().enumerate() {
+            for (tile, sums) in sums.iter_mut().enumerate() {
+                let column = column + tile * LANES;
+                // SAFETY: only this task writes to these columns.
+                *sums = L::from_array(unsafe { part.output.read(part.first_token + t, column) });
+            }
+        }
+    }
+    let inputs = part.inputs.clone();
+    let weights = &weights[inputs.start..][..(TILES - 1) * part.input + inputs.len()];
+    for (i, x) in part.x.chunks_exact(TOKENS).take(inputs.len()).enumerate() {
         let mut lanes = [L::splat(0.0); TILES];
         for (tile, lanes) in lanes.iter_mut().enumerate() {
-            // SAFETY: `i < input`, and there are `TILES` tiles of `input` vectors.
+            // SAFETY: `i < inputs.len()`, and `TILES` tiles are `input` vectors apart.
             *lanes = unsafe { L::load(weights.as_ptr().add(tile * part.input + i).cast()) };
         }
         for t in 0..TOKENS {
@@ -226,12 +248,7 @@ fn sums<L: Lanes, const TOKENS: usize, const TILES: usize>(
         for (tile, sums) in sums.iter().enumerate() {
             let column = column + tile * LANES;
             // SAFETY: every (token, tile) is written by one task, within the result.
-            unsafe {
-                match part.add {
-                    true => part.output.add(part.first_token + t, column, &sums.to_array()),
-                    false => part.output.write(part.first_token + t, column, &sums.to_array()),
-                }
-            }
+            unsafe { part.output.write(part.first_token + t, column, &sums.to_array()) };
         }
     }
 }

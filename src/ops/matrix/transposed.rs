@@ -14,8 +14,8 @@ use super::{LANES, Output};
 /// multiplications pay for it.
 const TOKENS: usize = 512;
 /// Columns of the matrix per task.
-const COLUMNS: usize = 256;
-/// Rows turned at once; with [`COLUMNS`] a scratch of 512 KiB.
+const COLUMNS: usize = 128;
+/// Rows turned at once; with [`COLUMNS`] a scratch of 256 KiB.
 const ROWS: usize = 512;
 
 /// A matrix in tiles of [`LANES`] rows.
@@ -85,12 +85,13 @@ fn part(
             multiply(&Part {
                 weights,
                 input: rows.len(),
+                inputs: 0..rows.len(),
                 x: &chunk[rows.start * tokens..rows.end * tokens],
                 tokens,
                 output,
                 first_token: c * CHUNK_TOKENS,
                 first_out: 0,
-                add: true,
+                go_on: first > 0,
             });
         }
     }
