@@ -1,4 +1,5 @@
-//! The built-in demo: a small model that recalls facts from its context, two documents, two cartridges.
+//! The built-in demo: a small model that recalls facts from its context, two documents, an
+//! exact and a trained cartridge of each.
 //!
 //! Everything is embedded in the binary, so that the first start needs no download.
 
@@ -16,8 +17,12 @@ pub struct Document {
     questions: &'static str,
     /// Questions to train a cartridge with, in other phrasings than the held-out ones: a line each.
     pub training_questions: &'static str,
-    /// A cartridge file.
+    /// A cartridge file: the exact keys and values of the document.
     pub cartridge: &'static [u8],
+    /// The id of [`Self::trained`].
+    pub trained_name: &'static str,
+    /// A cartridge file, learned, a twentieth of the size.
+    pub trained: &'static [u8],
 }
 
 macro_rules! document {
@@ -32,6 +37,12 @@ macro_rules! document {
                 "/training_questions.jsonl"
             )),
             cartridge: include_bytes!(concat!("../assets/demo/cartridges/", $name, ".safetensors")),
+            trained_name: concat!($name, "-small"),
+            trained: include_bytes!(concat!(
+                "../assets/demo/cartridges/",
+                $name,
+                "-small.safetensors"
+            )),
         }
     };
 }

@@ -56,13 +56,27 @@ def questions(folder, rng):
             yield world.sloppy(rng, question) if rng.random() < 0.3 else question
 
 
+def conversation(*turns):
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+    return json.dumps({"messages": messages})
+
+
 def main():
     for folder in sorted(DOCUMENTS.iterdir()):
         rng = random.Random(folder.name)
         rows = list(dict.fromkeys(questions(folder, rng)))
-        lines = [json.dumps({"messages": [{"role": "user", "content": q}]}) for q in rows]
+        lines = [conversation(question) for question in rows]
+        # Once more, after a turn about another fact.
+        told = [q for q in json.loads((folder / "questions.json").read_text())["questions"] if q["in_document"]]
+        for question in rows:
+            name, subject = re.fullmatch(r"The (\w+) of (\w+) is \w+\.", (q := rng.choice(told))["answer"]).groups()
+            # In another phrasing than the held-out one.
+            forms = [world.ask(rng, NAMES[name], subject, form) for form in (1, 2, 3)]
+            first = rng.choice([form for form in forms if plainly(form) != plainly(q["question"])])
+            lines.append(conversation(first, q["answer"], question))
         (folder / "training_questions.jsonl").write_text("\n".join(lines) + "\n")
-        print(folder.name, len(rows))
+        print(folder.name, len(lines))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ use serde_json::{Value, json};
 use super::CliError;
 use super::ask::{Answer, ask};
 use super::runtime::{Runtime, RuntimeOptions};
-use crate::cartridge::{Cartridge, Lease, Provenance, read_cartridge_bytes};
+use crate::cartridge::{Lease, read_cartridge_bytes};
 use crate::demo::{self, Question};
-use crate::model;
 
 /// Longest answer of the demo model, in tokens, with room to spare.
 const MAX_ANSWER_TOKENS: usize = 64;
@@ -35,7 +34,7 @@ enum Mode {
     LongContext,
     /// With the keys and values of the whole document as a cartridge.
     ExactKv,
-    /// With the trained cartridge that is built in.
+    /// With the trained cartridge, a twentieth of its size.
     Trained,
 }
 
@@ -46,17 +45,11 @@ struct Cartridges {
 }
 
 impl Cartridges {
-    fn of(runtime: &Runtime, document: &demo::Document) -> Result<Self, CliError> {
-        let system = json!({"role": "system", "content": document.text.trim_end()});
-        let text = runtime.render(std::slice::from_ref(&system), false)?;
-        let tokens = runtime.model.tokenizer.encode(&text, false)?;
-        let layers = model::prefill(&runtime.decoder, &tokens)?;
-        let exact = Cartridge::new(layers, 1, Provenance::default())?;
-        let trained = read_cartridge_bytes(document.cartridge, document.name)?;
-        Ok(Self {
-            exact: Lease::detached(document.name, &exact)?,
-            trained: Lease::detached(document.name, &trained)?,
-        })
+    fn of(document: &demo::Document) -> Result<Self, CliError> {
+        let lease = |bytes| -> Result<Lease, CliError> {
+            Ok(Lease::detached(document.name, &read_cartridge_bytes(bytes, document.name)?)?)
+        };
+        Ok(Self { exact: lease(document.cartridge)?, trained: lease(document.trained)? })
     }
 }
 
@@ -128,7 +121,7 @@ fn evaluate(runtime: &Runtime) -> Result<Vec<Row>, CliError> {
     for document in demo::DOCUMENTS {
         let broken = |e| CliError::Usage(format!("the questions of {}: {e}", document.name));
         let questions = document.questions().map_err(broken)?;
-        let cartridges = Cartridges::of(runtime, document)?;
+        let cartridges = Cartridges::of(document)?;
         for question in questions.questions {
             for (mode, answers) in modes.iter().zip(&mut answers) {
                 answers.push(put(runtime, *mode, document.text, &cartridges, &question.question)?);

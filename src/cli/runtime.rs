@@ -146,8 +146,13 @@ impl RuntimeOptions {
         });
         if source == ModelSource::Demo {
             for document in demo::DOCUMENTS {
-                let cartridge = read_cartridge_bytes(document.cartridge, document.name)?;
-                registry.insert(document.name, cartridge)?;
+                let cartridges = [
+                    (document.name, document.cartridge),
+                    (document.trained_name, document.trained),
+                ];
+                for (name, bytes) in cartridges {
+                    registry.insert(name, read_cartridge_bytes(bytes, name)?)?;
+                }
             }
         }
         let decoder = loaded.decoder.clone();
