@@ -56,9 +56,10 @@ pub fn packs(
     let from = flags.conversations.as_deref().ok_or_else(|| {
         usage("--conversations: which questions or conversations to learn from?".to_owned())
     })?;
-    let conversations = match from.strip_prefix("demo:") {
-        Some(name) => demo_questions(name)?,
-        None => DatasetReader::open(Path::new(from))?.collect::<Result<_, _>>()?,
+    let limit = flags.limit.unwrap_or(usize::MAX);
+    let conversations: Vec<_> = match from.strip_prefix("demo:") {
+        Some(name) => demo_questions(name)?.into_iter().take(limit).collect(),
+        None => DatasetReader::open(Path::new(from))?.take(limit).collect::<Result<_, _>>()?,
     };
     let mut builder = None;
     let mut elements = Vec::with_capacity(conversations.len());

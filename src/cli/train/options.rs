@@ -62,6 +62,8 @@ flags! {
     /// Questions or conversations: .jsonl or .parquet, or `demo:NAME`. The teacher answers what has no
     /// answer and scores what has no log-probabilities
     conversations: String,
+    /// Conversations to take at most, from the beginning [default: all]
+    limit: usize,
     /// Held-out questions with exact answers, a JSON file like those of the demo, or `demo:NAME`
     questions: String,
     /// Tokens of the cartridge [default: a twentieth of the document's]
