@@ -116,13 +116,25 @@ fn a_trained_cartridge_answers_what_the_model_cannot() {
     assert!(losses[259].1 < 0.2 * losses[0].1, "{losses:?}");
 
     let dir = run.path("cartridges").display().to_string();
-    let question = "What is the flag of Osford?";
-    let answer = |more: &[&str]| {
-        let args = [&["chat", "--cartridge-dir", &dir, "-q", question], more].concat();
-        succeeded(cartouche(&args).output().unwrap())
+    let questions = std::fs::read(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/assets/demo/documents/harbour-log/questions.json"
+    ));
+    let questions: Value = serde_json::from_slice(&questions.unwrap()).unwrap();
+    let known = questions["questions"].as_array().unwrap().iter();
+    let known: Vec<_> = known.filter(|q| q["in_document"] == true).take(10).collect();
+    let right = |more: &[&str]| {
+        let is_right = |q: &&&Value| {
+            let question = q["question"].as_str().unwrap();
+            let args = [&["chat", "--cartridge-dir", &dir, "-q", question], more].concat();
+            let answer = succeeded(cartouche(&args).output().unwrap());
+            answer.trim_end() == q["answer"].as_str().unwrap()
+        };
+        known.iter().filter(is_right).count()
     };
-    assert_eq!(answer(&[]), "I do not know.\n");
-    assert!(answer(&["-c", "small"]).starts_with("The flag of Osford is "));
+    assert_eq!(right(&[]), 0);
+    let right = right(&["-c", "small"]);
+    assert!(right >= 5, "{right} of 10");
     assert!(run.path("run/loss.html").is_file() && run.path("run/cache_last.pt").is_file());
 }
 
@@ -139,6 +151,8 @@ fn a_killed_run_ends_with_the_very_bits_of_one_that_was_not() {
         "2",
         "--keep-last-n-saved",
         "0",
+        "--epochs",
+        "100",
     ];
     run.train("whole", &options);
     let mut kills = 0;
@@ -270,7 +284,7 @@ fn what_is_wrong_with_options_and_data_is_said_in_one_line() {
         );
         assert!(error.contains(said) && error.contains("rows.jsonl"), "{error}");
     }
-    assert!(run.fails("run", &["--tokens", "1"]).contains("nothing is left to train"));
+    assert!(run.fails("run", &["--tokens", "1"]).contains("1 tokens"));
     assert!(run.fails("run", &["--tokens", "100000"]).contains("100000"));
     assert!(run.fails("run", &["--lr", "0"]).contains("lr"));
 }

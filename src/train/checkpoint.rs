@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::trainer::{Position, Trainer};
@@ -22,6 +23,15 @@ use super::{Pack, Targets, TrainError};
 use crate::cartridge::{
     CartridgeError, Naming, Provenance, TorchStyle, write_atomically, write_torch,
 };
+
+/// Where [`Saved`] stands in the header of a state file.
+const SAVED: &str = "saved";
+
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    position: Position,
+    fingerprint: String,
+}
 
 /// The folder of a run.
 #[derive(Debug, Clone)]
@@ -129,11 +139,11 @@ impl RunDir {
                 (format!("{name}.{i}"), Dtype::F32, bytemuck::cast_slice(tensor))
             })
         });
-        let position = serde_json::to_string(&trainer.position).unwrap_or_default();
-        let facts = HashMap::from([
-            ("position".to_owned(), position),
-            ("fingerprint".to_owned(), trainer.fingerprint()),
-        ]);
+        // One entry: the order of several would differ from file to file.
+        let saved = Saved { position: trainer.position, fingerprint: trainer.fingerprint() };
+        let saved =
+            serde_json::to_string(&saved).map_err(|e| TrainError::Invalid(e.to_string()))?;
+        let facts = HashMap::from([(SAVED.to_owned(), saved)]);
         self.write(&self.state_path(step), tensors.collect(), Some(facts))?;
         self.link_last(&name)?;
         self.forget_old()?;
@@ -150,15 +160,17 @@ impl RunDir {
         let bytes = std::fs::read(&path).map_err(|e| io("read", &path, e))?;
         let broken = |reason: &str| resume(&path, reason);
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| broken(&e.to_string()))?;
-        let fact = |name: &str| header.metadata().as_ref().and_then(|facts| facts.get(name));
-        if fact("fingerprint") != Some(&trainer.fingerprint()) {
+        let saved: Saved = header
+            .metadata()
+            .as_ref()
+            .and_then(|facts| serde_json::from_str(facts.get(SAVED)?).ok())
+            .ok_or_else(|| broken("it does not say where the run stood"))?;
+        if saved.fingerprint != trainer.fingerprint() {
             return Err(broken(
                 "it was begun with other options, data or another model. The same are needed to go on",
             ));
         }
-        let position: Position = fact("position")
-            .and_then(|text| serde_json::from_str(text).ok())
-            .ok_or_else(|| broken("it does not say where the run stood"))?;
+        let position = saved.position;
         let file = SafeTensors::deserialize(&bytes).map_err(|e| broken(&e.to_string()))?;
         let read = |name: &str, into: &mut [Vec<f32>]| -> Result<(), TrainError> {
             for (i, into) in into.iter_mut().enumerate() {

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use super::checkpoint::digest_of;
 use super::optimizer::{Adam, AdamOptions};
 use super::packing::epoch_order;
-use super::schedule::Schedule;
+use super::schedule::{Decay, Schedule};
 use super::step::{StepOptions, gradients};
 use super::{Pack, Parameters, TrainError};
 use crate::model::Decoder;
@@ -170,8 +170,13 @@ impl Trainer {
     /// What this run is known by: resuming with anything else would not be the same run.
     pub(super) fn fingerprint(&self) -> String {
         let mut digest = Sha256::new();
+        let mut options = self.options.clone();
+        if options.schedule.decay == Decay::Constant {
+            // Nothing so far depended on where the run ends: it may be made longer.
+            (options.schedule.max_steps, options.schedule.alpha_f) = (0, 0.0);
+        }
         let facts = (self.parameters.shape(), self.parameters.tokens(), self.parameters.frozen());
-        digest.update(format!("{:?} {:?} {}", self.options, facts, self.weights));
+        digest.update(format!("{options:?} {facts:?} {}", self.weights));
         digest_of(&self.packs, &mut digest);
         digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
