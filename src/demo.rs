@@ -1,4 +1,5 @@
-//! The built-in demo: a small model that recalls facts from its context, two documents, two cartridges.
+//! The built-in demo: a small model that recalls facts from its context, two documents, an
+//! exact and a trained cartridge of each.
 //!
 //! Everything is embedded in the binary, so that the first start needs no download.
 
@@ -14,8 +15,14 @@ pub struct Document {
     pub name: &'static str,
     pub text: &'static str,
     questions: &'static str,
-    /// A cartridge file.
+    /// Questions to train a cartridge with, in other phrasings than the held-out ones: a line each.
+    pub training_questions: &'static str,
+    /// A cartridge file: the exact keys and values of the document.
     pub cartridge: &'static [u8],
+    /// The id of [`Self::trained`].
+    pub trained_name: &'static str,
+    /// A cartridge file, learned, a twentieth of the size.
+    pub trained: &'static [u8],
 }
 
 macro_rules! document {
@@ -24,7 +31,18 @@ macro_rules! document {
             name: $name,
             text: include_str!(concat!("../assets/demo/documents/", $name, "/document.txt")),
             questions: include_str!(concat!("../assets/demo/documents/", $name, "/questions.json")),
+            training_questions: include_str!(concat!(
+                "../assets/demo/documents/",
+                $name,
+                "/training_questions.jsonl"
+            )),
             cartridge: include_bytes!(concat!("../assets/demo/cartridges/", $name, ".safetensors")),
+            trained_name: concat!($name, "-small"),
+            trained: include_bytes!(concat!(
+                "../assets/demo/cartridges/",
+                $name,
+                "-small.safetensors"
+            )),
         }
     };
 }

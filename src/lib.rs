@@ -1,4 +1,4 @@
-//! Cartouche: one process that serves *cartridges* and makes exact ones of documents.
+//! Cartouche: one program that serves *cartridges*, makes exact ones of documents and trains small ones.
 //!
 //! A cartridge is a trained KV-cache prefix, one key and one value tensor per layer, that stands for a
 //! long text (Cartridges, arXiv 2506.06266). A request names it and the model attends to it as if the
@@ -11,10 +11,11 @@
 //! | [`api`] | HTTP: wire types, handlers, streaming, error bodies | `engine`, `cartridge`, `text` |
 //! | [`bench`] | the load generator: measures any OpenAI-compatible URL | block size of `engine` |
 //! | [`engine`] | the loop that turns requests into tokens | `model`, `cartridge`, `ops` |
+//! | [`train`] | learning a cartridge: data, packs, loss, gradients, checkpoints | `engine`, `model`, `cartridge`, `text`, `ops` |
 //! | [`model`] | one decoder for the Llama family and Qwen | `ops`, `text`, shapes and KV of `cartridge` |
 //! | [`cartridge`] | the artifact, its file formats, the registry | candle only |
 //! | [`text`] | tokenizer, chat template, detokenizer, stop strings | nothing of ours |
-//! | [`ops`] | building blocks; all but attention have a backward pass | candle only |
+//! | [`ops`] | building blocks with their backward passes | candle only |
 //!
 //! `docs/architecture.md` holds the invariants and where each one is enforced.
 

@@ -111,3 +111,28 @@ pub const MAX_RETRY_AFTER_SECONDS: u64 = 60;
 pub const MAX_SSE_EVENT_BYTES: usize = 8 << 20;
 /// Clients of one level of `cartouche bench`: each holds a connection.
 pub const MAX_BENCH_CLIENTS: usize = 16_384;
+/// Bytes of a dataset file; a larger one is an error that says to split it.
+pub const MAX_DATASET_FILE_BYTES: u64 = 16 << 30;
+/// Conversations of one dataset; more is an error.
+pub const MAX_DATASET_ROWS: usize = 1 << 22;
+/// Bytes of one line of a JSON-lines dataset; a longer one is an error of that row.
+pub const MAX_DATASET_LINE_BYTES: usize = 32 << 20;
+/// Tokens of one conversation; more is an error of its row.
+pub const MAX_ELEMENT_TOKENS: usize = 1 << 20;
+/// Tokens of a dataset in memory (4 bytes each); more is an error.
+pub const MAX_DATASET_TOKENS: usize = 1 << 28;
+/// Target entries of a dataset in memory (12 bytes each); more is an error.
+pub const MAX_DATASET_TARGETS: usize = 1 << 29;
+/// Bytes of the footer of a Parquet file.
+pub const MAX_PARQUET_FOOTER_BYTES: u64 = 64 << 20;
+/// Nodes of the schema of a Parquet file: columns and groups of columns.
+pub const MAX_PARQUET_SCHEMA_NODES: usize = 1024;
+/// Levels of the schema of a Parquet file, through which the Parquet crate recurses.
+pub const MAX_PARQUET_SCHEMA_DEPTH: usize = 32;
+/// Bytes of one page header of a Parquet file, which may hold a smallest and a largest text.
+pub const MAX_PARQUET_PAGE_HEADER_BYTES: usize = 64 << 10;
+/// Values of a Parquet file, whatever its size. Repeated values take next to no room in a file, and some
+/// forty bytes each in memory.
+pub const MIN_PARQUET_VALUES: u64 = 4 << 20;
+/// Values of a Parquet file for each of its bytes, beyond [`MIN_PARQUET_VALUES`].
+pub const MAX_PARQUET_VALUES_PER_BYTE: u64 = 16;

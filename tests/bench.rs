@@ -2,13 +2,12 @@
 
 mod bench_support;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use bench_support::flood::flood;
 use bench_support::{Fake, LIMIT, Script};
 use cartouche::bench::{
-    Amount, Api, BenchError, Endpoint, Failure, Load, Plan, Prefix, PromptSource, Record, Report,
-    Sending, Target, WorkloadOptions, csv, perform, run, table,
+    Amount, Api, BenchError, Endpoint, Failure, Load, Plan, Prefix, PromptSource, Report, Target,
+    WorkloadOptions, csv, run, table,
 };
 use indicatif::ProgressBar;
 use serde_json::{Map, Value};
@@ -251,40 +250,4 @@ fn urls_are_taken_with_and_without_v1_and_refused_where_they_cannot_work() {
         assert!(matches!(Endpoint::new(url, None), Err(BenchError::Url(_))), "{url}");
     }
     assert!(matches!(Endpoint::new("h", Some("a\nb")), Err(BenchError::Plan(_))));
-}
-
-#[test]
-#[ignore = "a measurement: cargo test --release --test bench -- --ignored --nocapture"]
-fn chunks_per_second_of_one_core() {
-    for (clients, chunks, pause) in [(1, 200_000, 0), (32, 20_000, 0), (32, 2_000, 1000)] {
-        let address = flood(chunks, Duration::from_micros(pause));
-        let (start, cpu) = (Instant::now(), thread_cpu_seconds());
-        let one = move |client| async move {
-            let endpoint = Endpoint::new(&address.to_string(), None).unwrap();
-            let sending = Sending { timeout: LIMIT, retries: 0 };
-            let mut record = Record::new(client, 0, 0.0);
-            let path = Api::Chat.path();
-            perform(&endpoint, &mut None, path, "{}".into(), start, sending, &mut record).await;
-            assert_eq!((&record.failure, record.chunks_s.len()), (&None, chunks));
-        };
-        let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        tokio.block_on(async {
-            let requests: tokio::task::JoinSet<()> = (0..clients).map(one).collect();
-            requests.join_all().await
-        });
-        let total = (chunks * clients) as f64;
-        println!(
-            "{clients} clients, {pause} us between chunks: {:.0} chunks/s, {:.0} per core-second",
-            total / start.elapsed().as_secs_f64(),
-            total / (thread_cpu_seconds() - cpu)
-        );
-    }
-}
-
-/// Processor seconds of this thread, which holds the client and not the server.
-fn thread_cpu_seconds() -> f64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the pointer is to a live timespec, which the call fills in.
-    assert_eq!(unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) }, 0);
-    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
 }

@@ -34,8 +34,6 @@ impl Server {
         let url = lines.find_map(|line| {
             Some(line.strip_prefix("Cartouche ")?.split_once(" on ")?.1.to_owned())
         });
-        // A server that nobody listens to any more cannot print the rest.
-        std::thread::spawn(move || lines.for_each(drop));
         Self { child, url: url.unwrap() }
     }
 

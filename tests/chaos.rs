@@ -255,10 +255,15 @@ async fn flip(dir: PathBuf, until: Instant, mut rng: ChaCha8Rng) {
             }
             good => demo::DOCUMENTS[good % 2].cartridge,
         };
-        // As files should be replaced: complete, under their name, at once.
-        let fresh = folder.join("fresh.tmp");
-        std::fs::write(&fresh, new).unwrap();
-        std::fs::rename(&fresh, &path).unwrap();
+        if once_in(&mut rng, 4) {
+            // In place, perhaps while it is read.
+            std::fs::write(&path, new).unwrap();
+        } else {
+            // As files should be replaced: complete, under their name, at once.
+            let fresh = folder.join("fresh.tmp");
+            std::fs::write(&fresh, new).unwrap();
+            std::fs::rename(&fresh, &path).unwrap();
+        }
         sleep(Duration::from_millis(20 + below(&mut rng, 200) as u64)).await;
     }
 }
@@ -346,4 +351,6 @@ async fn every_request_is_answered_and_rightly() {
         );
     }
     assert!(restarts > 0);
+    assert!(preemptions > 0, "no sequence gave way to another");
+    assert!(hits > 0, "nothing was shared");
 }

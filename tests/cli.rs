@@ -105,8 +105,15 @@ fn mistakes_are_named() {
 
 #[test]
 fn every_command_has_help() {
-    for command in [&["serve"][..], &["chat"], &["eval"], &["cartridge"], &["cartridge", "prefill"]]
-    {
+    let commands = [
+        &["serve"][..],
+        &["chat"],
+        &["eval"],
+        &["bench"],
+        &["cartridge"],
+        &["cartridge", "prefill"],
+    ];
+    for command in commands {
         let help = text(&[command, &["--help"]].concat());
         assert!(help.len() > 300, "{help}");
     }
@@ -132,8 +139,6 @@ impl Server {
         let mut lines = output.lines().map(Result::unwrap);
         let line = lines.find(|line| line.starts_with("Cartouche ")).unwrap();
         server.address = line.split_once("http://").unwrap().1.to_owned();
-        // What it prints later must have somewhere to go.
-        std::thread::spawn(move || lines.for_each(drop));
         server
     }
 
@@ -229,6 +234,27 @@ fn the_log_has_one_line_per_finished_request_and_never_its_text() {
         }
     }
     assert!(log.contains("id=\"refused\""), "refusals are told at debug");
+}
+
+/// As after `cartouche serve 2>&1 | head -1`.
+#[test]
+fn a_server_whose_output_is_closed_goes_on_serving() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut serve = command(&["serve", "--port", &port.to_string(), "--kv-cache-mib", "64"]);
+    serve.env("CARTOUCHE_LOG", "debug").stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut process = serve.spawn().unwrap();
+    drop((process.stdout.take(), process.stderr.take()));
+    let server = Server { process, address: format!("127.0.0.1:{port}") };
+    let since = Instant::now();
+    while TcpStream::connect(&server.address).is_err() {
+        assert!(since.elapsed() < Duration::from_secs(60), "it does not listen");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    for _ in 0..3 {
+        let reply =
+            server.post("/v1/completions", "x-a: b", r#"{"prompt": "Hi", "max_tokens": 2}"#);
+        assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
+    }
 }
 
 #[cfg(unix)]

@@ -23,3 +23,11 @@ pub async fn run<T: Send + 'static>(
     };
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| Err(failed()))
 }
+
+/// Runs `work` as [`run`] does if it is heavy, and right here if not.
+pub async fn run_if<T: Send + 'static>(
+    is_heavy: bool,
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    if is_heavy { run(work).await } else { work() }
+}

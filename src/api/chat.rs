@@ -10,9 +10,10 @@ use axum::{
 
 use super::{
     AppState, blocking, cartridge_blocks, cartridges,
+    choice::Choice,
     error::ApiError,
     extract::Body,
-    generate::{Finish, Update},
+    generate::Update,
     life::{Life, Origin},
     logprobs::TokenWriter,
     openai::{
@@ -103,13 +104,6 @@ struct ChatReply {
     writer: TokenWriter,
 }
 
-#[derive(Default)]
-struct Choice {
-    text: String,
-    tokens: Vec<SampledToken>,
-    finish: Option<Finish>,
-}
-
 impl ChatReply {
     fn new(state: &AppState, prepared: Prepared) -> Self {
         Self {
@@ -125,8 +119,7 @@ impl ChatReply {
 
     async fn collect(mut self, mut updates: Updates) -> Result<Response, ApiError> {
         let shown = self.shows_logprobs();
-        let mut choices: Vec<Choice> = Vec::new();
-        choices.resize_with(self.settings.n, Choice::default);
+        let mut choices = Choice::empty(self.settings.n);
         let mut prompt_logprobs = Vec::new();
         while let Some(item) = updates.next().await {
             let (prompt, update) = item?;
@@ -135,33 +128,27 @@ impl ChatReply {
                 Update::Prompt { logprobs, .. } => prompt_logprobs = logprobs,
                 Update::Delta { choice, text, token, finish } => {
                     let Some(choice) = choices.get_mut(choice) else { continue };
-                    choice.text.push_str(&text);
-                    choice.tokens.extend(token.filter(|_| shown).map(|(token, _)| token));
-                    choice.finish = finish.or(choice.finish.take());
+                    let token = token.filter(|_| shown).map(|(token, _)| token);
+                    choice.push(&text, token, finish);
                 }
             }
         }
-        if self.settings.logprobs.is_heavy() {
-            blocking::run(move || self.reply(choices, &prompt_logprobs)).await
-        } else {
-            self.reply(choices, &prompt_logprobs)
-        }
+        let is_heavy = self.settings.logprobs.is_heavy();
+        blocking::run_if(is_heavy, move || self.reply(choices, &prompt_logprobs)).await
     }
 
     /// The whole reply. With log-probabilities it can be many megabytes.
     fn reply(
         &self,
-        choices: Vec<Choice>,
+        choices: Vec<Choice<SampledToken>>,
         prompt_logprobs: &[Option<SampledToken>],
     ) -> Result<Response, ApiError> {
         let shown = self.shows_logprobs();
         let choices = choices
             .into_iter()
             .enumerate()
-            .map(|(index, choice)| {
-                let finish = choice.finish.ok_or_else(|| {
-                    ApiError::internal("the engine ended the request before it was complete")
-                })?;
+            .map(|(index, mut choice)| {
+                let finish = choice.finish()?;
                 Ok(ChatChoice {
                     index,
                     message: AssistantMessage::new(choice.text),

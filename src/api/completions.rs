@@ -11,9 +11,10 @@ use axum::{
 
 use super::{
     AppState, blocking, cartridges,
+    choice::Choice,
     error::ApiError,
     extract::Body,
-    generate::{Finish, Update},
+    generate::Update,
     life::{Life, Origin},
     logprobs::TokenWriter,
     openai::{
@@ -127,13 +128,6 @@ struct TextReply {
     writer: TokenWriter,
 }
 
-#[derive(Default)]
-struct Choice {
-    text: String,
-    tokens: Vec<(SampledToken, usize)>,
-    finish: Option<Finish>,
-}
-
 impl TextReply {
     fn new(state: &AppState, prepared: Prepared, echo: bool) -> Self {
         let writer = prepared.token_writer(state);
@@ -170,8 +164,7 @@ impl TextReply {
 
     async fn collect(mut self, mut updates: Updates) -> Result<Response, ApiError> {
         let n = self.settings.n;
-        let mut choices: Vec<Choice> = Vec::new();
-        choices.resize_with(self.prompts.len() * n, Choice::default);
+        let mut choices = Choice::empty(self.prompts.len() * n);
         let mut prompt_logprobs = vec![Vec::new(); self.prompts.len()];
         while let Some(item) = updates.next().await {
             let (prompt, update) = item?;
@@ -185,34 +178,27 @@ impl TextReply {
                 }
                 Update::Delta { choice, text, token, finish } => {
                     let Some(choice) = choices.get_mut(prompt * n + choice) else { continue };
-                    choice.text.push_str(&text);
-                    choice.tokens.extend(token.filter(|_| self.settings.logprobs.show));
-                    choice.finish = finish.or(choice.finish.take());
+                    choice.push(&text, token.filter(|_| self.settings.logprobs.show), finish);
                 }
             }
         }
-        if self.settings.logprobs.is_heavy() {
-            blocking::run(move || self.reply(choices, &prompt_logprobs)).await
-        } else {
-            self.reply(choices, &prompt_logprobs)
-        }
+        let is_heavy = self.settings.logprobs.is_heavy();
+        blocking::run_if(is_heavy, move || self.reply(choices, &prompt_logprobs)).await
     }
 
     /// The whole reply. With log-probabilities it can be many megabytes.
     fn reply(
         &self,
-        choices: Vec<Choice>,
+        choices: Vec<Choice<(SampledToken, usize)>>,
         prompt_logprobs: &[Vec<Option<SampledToken>>],
     ) -> Result<Response, ApiError> {
         let n = self.settings.n;
         let choices = choices
             .into_iter()
             .enumerate()
-            .map(|(index, choice)| {
+            .map(|(index, mut choice)| {
                 let prompt = index / n;
-                let finish = choice.finish.ok_or_else(|| {
-                    ApiError::internal("the engine ended the request before it was complete")
-                })?;
+                let finish = choice.finish()?;
                 let wanted = self.settings.logprobs.prompt;
                 let ids = self.settings.return_token_ids;
                 Ok(TextChoice {

@@ -349,6 +349,7 @@ mod tests {
             let error = ApiError::from(error);
             assert_eq!((error.status.as_u16(), error.code), (status, Some(code)));
             assert_eq!(error.param.as_deref(), Some("cartridges"));
+            assert_eq!(error.retry_after.is_some(), status == 503);
         }
     }
 

@@ -8,6 +8,7 @@ mod blocking;
 mod cartridge_blocks;
 mod cartridges;
 mod chat;
+mod choice;
 mod completions;
 mod error;
 mod extract;

@@ -128,9 +128,9 @@ fn figure(
 fn table(report: &Report, out: &mut String) {
     out.push_str(
         "<h2>Levels</h2>\n<div class=\"wide\"><table>\n<thead><tr><th>load</th><th>target</th>\
-         <th>output tokens/s</th><th>requests/s</th><th>prompt tokens/s</th>\
-         <th>TTFT ms p50 / p95 / p99</th><th>ITL ms p50 / p95 / p99</th>\
-         <th>TPOT ms p50</th><th>latency ms p50 / p99</th><th>ok</th><th>failed</th><th>429</th>\
+         <th>output<br>tokens/s</th><th>requests/s</th><th>prompt<br>tokens/s</th>\
+         <th>TTFT ms<br>p50 / p95 / p99</th><th>ITL ms<br>p50 / p95 / p99</th><th>TPOT ms<br>p50</th>\
+         <th>latency ms<br>p50 / p99</th><th>ok</th><th>failed</th><th>429</th>\
          </tr></thead>\n<tbody>\n",
     );
     let three = |d: Option<Distribution>| match d {

@@ -14,7 +14,7 @@ mod load;
 mod machine;
 mod median;
 mod plan;
-mod plot;
+pub(crate) mod plot;
 mod record;
 mod run;
 pub mod sse;

@@ -34,7 +34,8 @@ pub enum CartridgeError {
     /// The place named by `source` cannot deliver it.
     #[error("cartridge `{id}` cannot be fetched from `source` = `{from}`: {reason}")]
     SourceUnavailable { id: String, from: Source, reason: String },
-    /// All memory for cartridges is lent to running requests, or too many loads wait. Retry later.
+    /// All memory for cartridges is lent to running requests, too many loads wait, or the file is just being
+    /// rewritten. Retry later.
     #[error("cartridge `{id}` cannot be loaded now: {reason}; retry later")]
     Busy { id: String, reason: String },
     /// The file could not be opened, read or written.
@@ -84,7 +85,7 @@ impl CartridgeError {
     }
 
     /// `doing` completes "failed to ...".
-    pub(super) fn io(doing: &str, error: &std::io::Error) -> Self {
+    pub(crate) fn io(doing: &str, error: &std::io::Error) -> Self {
         Self::Io {
             name: UNNAMED.to_owned(),
             kind: error.kind(),

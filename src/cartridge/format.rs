@@ -70,7 +70,7 @@ fn read(
 
 /// Replaces `path` as a whole: readers see the old file or the new one, never a part, also after a
 /// crash.
-pub(super) fn write_atomically(
+pub(crate) fn write_atomically(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> Result<(), CartridgeError>,
 ) -> Result<(), CartridgeError> {

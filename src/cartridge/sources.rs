@@ -162,9 +162,8 @@ impl FileSource for LocalFolder {
             let read = read_file(file, intake);
             let same = is_unchanged(&again, stamp);
             if !same.map_err(|e| CartridgeError::io("read the file", &e))? {
-                let changed =
-                    std::io::Error::other("it changed meanwhile; replace files by rename");
-                return Err(CartridgeError::io("read the file", &changed));
+                let reason = "its file was rewritten while it was read (replace files by rename)";
+                return Err(CartridgeError::Busy { id: id.to_owned(), reason: reason.to_owned() });
             }
             read?;
             if let Some((tokens, provenance)) = intake.facts() {
@@ -320,6 +319,7 @@ fn complete_from_config(folder: &Path, id: &str, tokens: usize, provenance: &mut
 
 #[cfg(test)]
 mod tests {
+    use super::super::Keep;
     use super::*;
 
     #[test]
@@ -337,5 +337,26 @@ mod tests {
         assert!(!is_unchanged(&file, stamp).unwrap(), "rewritten in place");
         std::fs::remove_file(&path).unwrap();
         assert!(!is_unchanged(&file, stamp).unwrap(), "rewritten, then removed");
+    }
+
+    /// Nothing is wrong with such a cartridge: the next try finds it whole.
+    #[test]
+    fn a_file_rewritten_in_place_while_it_is_read_is_busy_not_broken() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a").join("cartridge.safetensors");
+        std::fs::create_dir(dir.path().join("a")).unwrap();
+        let content = crate::demo::DOCUMENTS[0].cartridge;
+        std::fs::write(&path, content).unwrap();
+        let longer = [content, b"more"].concat();
+        let files = LocalFolder::new(dir.path().to_owned());
+        for other in [&content[..1000], &longer] {
+            let mut intake = Intake::new(u64::MAX, |_| {
+                std::fs::write(&path, other).unwrap();
+                Ok(Keep::Nothing)
+            });
+            let error = files.read("a", &mut intake).unwrap_err();
+            assert!(matches!(&error, CartridgeError::Busy { id, .. } if id == "a"), "{error}");
+            std::fs::write(&path, content).unwrap();
+        }
     }
 }

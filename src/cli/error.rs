@@ -15,6 +15,14 @@ pub enum CliError {
     #[error(transparent)]
     Bench(#[from] crate::bench::BenchError),
     #[error(transparent)]
+    Train(#[from] crate::train::TrainError),
+    #[error(transparent)]
+    Dataset(#[from] crate::train::dataset::DatasetError),
+    #[error(transparent)]
+    Row(#[from] crate::train::dataset::RowError),
+    #[error(transparent)]
+    Packing(#[from] crate::train::PackingError),
+    #[error(transparent)]
     Model(#[from] crate::model::ModelError),
     #[error(transparent)]
     Engine(#[from] crate::engine::EngineError),

@@ -1,16 +1,14 @@
 //! `cartouche eval`: ask held-out questions in several ways and compare the answers.
 
-use std::time::Instant;
-
 use clap::Args;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::CliError;
+use super::ask::{Answer, ask};
 use super::runtime::{Runtime, RuntimeOptions};
 use crate::cartridge::{Lease, read_cartridge_bytes};
 use crate::demo::{self, Question};
-use crate::engine::{Event, GenerateRequest, LogprobOptions, SamplingParams};
 
 /// Longest answer of the demo model, in tokens, with room to spare.
 const MAX_ANSWER_TOKENS: usize = 64;
@@ -34,7 +32,25 @@ pub struct EvalArgs {
 enum Mode {
     None,
     LongContext,
-    Cartridge,
+    /// With the keys and values of the whole document as a cartridge.
+    ExactKv,
+    /// With the trained cartridge, a twentieth of its size.
+    Trained,
+}
+
+/// The cartridges of a document.
+struct Cartridges {
+    exact: Lease,
+    trained: Lease,
+}
+
+impl Cartridges {
+    fn of(document: &demo::Document) -> Result<Self, CliError> {
+        let lease = |bytes| -> Result<Lease, CliError> {
+            Ok(Lease::detached(document.name, &read_cartridge_bytes(bytes, document.name)?)?)
+        };
+        Ok(Self { exact: lease(document.cartridge)?, trained: lease(document.trained)? })
+    }
 }
 
 /// One line of the result.
@@ -57,7 +73,7 @@ struct Row {
 }
 
 /// One question answered.
-struct Answer {
+struct Answered {
     text: String,
     prompt_tokens: usize,
     kv_tokens: usize,
@@ -98,18 +114,17 @@ pub fn run(args: EvalArgs) -> Result<(), CliError> {
 /// Asks every question of every document in every mode. The modes take turns question by question, so
 /// that a machine that slows down slows all of them.
 fn evaluate(runtime: &Runtime) -> Result<Vec<Row>, CliError> {
-    let modes = [Mode::None, Mode::LongContext, Mode::Cartridge];
+    let modes = [Mode::None, Mode::LongContext, Mode::ExactKv, Mode::Trained];
     // Questions with the refusal that is right where they cannot be answered.
     let mut asked: Vec<(Question, String)> = Vec::new();
-    let mut answers: Vec<Vec<Answer>> = modes.iter().map(|_| Vec::new()).collect();
+    let mut answers: Vec<Vec<Answered>> = modes.iter().map(|_| Vec::new()).collect();
     for document in demo::DOCUMENTS {
         let broken = |e| CliError::Usage(format!("the questions of {}: {e}", document.name));
         let questions = document.questions().map_err(broken)?;
-        let cartridge = read_cartridge_bytes(document.cartridge, document.name)?;
-        let lease = Lease::detached(document.name, &cartridge)?;
+        let cartridges = Cartridges::of(document)?;
         for question in questions.questions {
             for (mode, answers) in modes.iter().zip(&mut answers) {
-                answers.push(ask(runtime, *mode, document.text, &lease, &question.question)?);
+                answers.push(put(runtime, *mode, document.text, &cartridges, &question.question)?);
             }
             asked.push((question, questions.refusal.clone()));
         }
@@ -121,7 +136,7 @@ fn evaluate(runtime: &Runtime) -> Result<Vec<Row>, CliError> {
         .collect())
 }
 
-fn row(runtime: &Runtime, mode: Mode, asked: &[(Question, String)], answers: &[Answer]) -> Row {
+fn row(runtime: &Runtime, mode: Mode, asked: &[(Question, String)], answers: &[Answered]) -> Row {
     let shape = runtime.engine.info().kv_shape;
     let token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * size_of::<f32>();
     let pairs = || asked.iter().zip(answers);
@@ -134,7 +149,7 @@ fn row(runtime: &Runtime, mode: Mode, asked: &[(Question, String)], answers: &[A
     let (unknown, refused) = unknown.fold((0, 0), |(n, hits), ((_, refusal), answer)| {
         (n + 1, hits + usize::from(answer.text == *refusal))
     });
-    let mean = |values: &dyn Fn(&Answer) -> usize| {
+    let mean = |values: &dyn Fn(&Answered) -> usize| {
         answers.iter().map(values).sum::<usize>() as f64 / answers.len().max(1) as f64
     };
     let mut ttft: Vec<f64> = answers.iter().map(|a| a.ttft_ms).collect();
@@ -150,53 +165,28 @@ fn row(runtime: &Runtime, mode: Mode, asked: &[(Question, String)], answers: &[A
     }
 }
 
-fn ask(
+fn put(
     runtime: &Runtime,
     mode: Mode,
     document: &str,
-    lease: &Lease,
+    cartridges: &Cartridges,
     question: &str,
-) -> Result<Answer, CliError> {
+) -> Result<Answered, CliError> {
     let mut messages: Vec<Value> = Vec::new();
     if mode == Mode::LongContext {
         messages.push(json!({"role": "system", "content": document.trim_end()}));
     }
     messages.push(json!({"role": "user", "content": question}));
-    let cartridges = match mode {
-        Mode::Cartridge => vec![lease.clone()],
-        Mode::None | Mode::LongContext => Vec::new(),
+    let cartridge = match mode {
+        Mode::ExactKv => Some(cartridges.exact.clone()),
+        Mode::Trained => Some(cartridges.trained.clone()),
+        Mode::None | Mode::LongContext => None,
     };
-    let prompt = runtime.chat_prompt(&messages, !cartridges.is_empty())?;
+    let prompt = runtime.chat_prompt(&messages, cartridge.is_some())?;
     let prompt_tokens = prompt.len();
-    let kv_tokens = prompt_tokens + cartridges.iter().map(|c| c.tokens()).sum::<usize>();
-    let submitted = Instant::now();
-    let mut stream = runtime.engine.submit(GenerateRequest {
-        prompt,
-        cartridges,
-        n: 1,
-        sampling: SamplingParams {
-            temperature: 0.0,
-            max_tokens: MAX_ANSWER_TOKENS,
-            ..SamplingParams::default()
-        },
-        stop_token_ids: runtime.model.eos_token_ids.clone(),
-        logprobs: LogprobOptions::default(),
-        priority: Default::default(),
-    })?;
-    let mut ids = Vec::new();
-    let mut ttft_ms = 0.0;
-    while let Some(event) = stream.blocking_next() {
-        match event {
-            Event::Token { token, .. } => {
-                if ids.is_empty() {
-                    ttft_ms = submitted.elapsed().as_secs_f64() * 1e3;
-                }
-                ids.push(token.id);
-            }
-            Event::Failed(error) => return Err(error.into()),
-            Event::PromptDone { .. } | Event::Finished { .. } => {}
-        }
-    }
-    let text = runtime.model.tokenizer.decode(&ids, true)?;
-    Ok(Answer { text, prompt_tokens, kv_tokens, ttft_ms })
+    let kv_tokens = prompt_tokens + cartridge.iter().map(|c| c.tokens()).sum::<usize>();
+    let cartridges = cartridge.into_iter().collect();
+    let Answer { text, ttft_ms } =
+        ask(runtime, prompt, cartridges, MAX_ANSWER_TOKENS)?.answer(runtime)?;
+    Ok(Answered { text, prompt_tokens, kv_tokens, ttft_ms })
 }

@@ -3,6 +3,7 @@
 //! Options come from four places, the first that sets a value wins: flags, `CARTOUCHE_*` environment
 //! variables, the YAML file given with `--config`, built-in defaults.
 
+mod ask;
 mod bench;
 mod cartridge;
 mod chat;
@@ -11,6 +12,7 @@ mod error;
 mod eval;
 mod runtime;
 mod serve;
+mod train;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -36,6 +38,7 @@ enum Command {
     Cartridge(cartridge::CartridgeArgs),
     Eval(Box<eval::EvalArgs>),
     Bench(Box<bench::BenchArgs>),
+    Train(Box<train::TrainArgs>),
 }
 
 /// Parses the command line, runs the command and reports its error. The whole of `main`.
@@ -50,6 +53,8 @@ pub fn main() -> ExitCode {
         .with_env_filter(filter.unwrap_or_else(|_| EnvFilter::new(default_level)))
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
+        // It would tell on the very output that failed, and panic.
+        .log_internal_errors(false)
         .init();
     let result = match cli.command {
         Command::Serve(args) => serve::run(*args),
@@ -57,6 +62,7 @@ pub fn main() -> ExitCode {
         Command::Cartridge(args) => cartridge::run(args),
         Command::Eval(args) => eval::run(*args),
         Command::Bench(args) => bench::run(*args),
+        Command::Train(args) => train::run(*args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -12,7 +12,7 @@ use super::CliError;
 use crate::api::ServedModel;
 use crate::cartridge::{Registry, RegistryOptions, read_cartridge_bytes};
 use crate::engine::{EngineHandle, EngineOptions};
-use crate::model::{LoadOptions, ModelSource};
+use crate::model::{Decoder, LoadOptions, ModelSource};
 use crate::text::{TemplateRequest, llama3_cartridge_prompt};
 use crate::{demo, engine, limits, model};
 
@@ -33,7 +33,8 @@ pub struct RuntimeOptions {
     /// Threads that compute [default: the cores this process may use]
     #[arg(long, env = "CARTOUCHE_THREADS")]
     pub threads: Option<usize>,
-    /// MiB of the KV cache; memory is taken as it fills [default: 1024]
+    /// MiB of the KV cache; memory is taken as it fills, and with the prefix cache on it fills in time,
+    /// however few requests run [default: 1024]
     #[arg(long, env = "CARTOUCHE_KV_CACHE_MIB")]
     pub kv_cache_mib: Option<u64>,
     /// Sequences decoded together [default: 64]
@@ -71,6 +72,8 @@ pub struct Runtime {
     pub source: ModelSource,
     pub model: Arc<ServedModel>,
     pub engine: EngineHandle,
+    /// The very weights the engine computes with.
+    pub decoder: Decoder,
     pub registry: Arc<Registry>,
     pub weight_bytes: u64,
 }
@@ -143,10 +146,16 @@ impl RuntimeOptions {
         });
         if source == ModelSource::Demo {
             for document in demo::DOCUMENTS {
-                let cartridge = read_cartridge_bytes(document.cartridge, document.name)?;
-                registry.insert(document.name, cartridge)?;
+                let cartridges = [
+                    (document.name, document.cartridge),
+                    (document.trained_name, document.trained),
+                ];
+                for (name, bytes) in cartridges {
+                    registry.insert(name, read_cartridge_bytes(bytes, name)?)?;
+                }
             }
         }
+        let decoder = loaded.decoder.clone();
         let (engine, _) = engine::start(loaded.decoder, &self.engine_options())?;
         let model = Arc::new(ServedModel {
             name: loaded.name,
@@ -155,7 +164,7 @@ impl RuntimeOptions {
             eos_token_ids: loaded.eos_token_ids,
             is_llama3: loaded.is_llama3,
         });
-        Ok(Runtime { source, model, engine, registry, weight_bytes })
+        Ok(Runtime { source, model, engine, decoder, registry, weight_bytes })
     }
 }
 
@@ -166,23 +175,30 @@ impl Runtime {
         messages: &[Value],
         has_cartridges: bool,
     ) -> Result<Vec<u32>, CliError> {
-        let text = match &self.model.chat_template {
-            _ if has_cartridges && self.model.is_llama3 => {
-                llama3_cartridge_prompt(messages, true, false)?
-            }
-            Some(template) => template.render(&TemplateRequest {
-                messages,
-                tools: None,
-                add_generation_prompt: true,
-                continue_final_message: false,
-                kwargs: &Map::new(),
-            })?,
-            None => {
-                let name = &self.model.name;
-                return Err(CliError::Usage(format!("model {name} has no chat template")));
-            }
+        let text = match has_cartridges && self.model.is_llama3 {
+            true => llama3_cartridge_prompt(messages, true, false)?,
+            false => self.render(messages, true)?,
         };
         Ok(self.model.tokenizer.encode(&text, false)?)
+    }
+
+    /// A chat as the model's template writes it.
+    pub fn render(
+        &self,
+        messages: &[Value],
+        add_generation_prompt: bool,
+    ) -> Result<String, CliError> {
+        let Some(template) = &self.model.chat_template else {
+            let name = &self.model.name;
+            return Err(CliError::Usage(format!("model {name} has no chat template")));
+        };
+        Ok(template.render(&TemplateRequest {
+            messages,
+            tools: None,
+            add_generation_prompt,
+            continue_final_message: false,
+            kwargs: &Map::new(),
+        })?)
     }
 }
 

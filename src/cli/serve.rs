@@ -1,5 +1,6 @@
 //! `cartouche serve`: the HTTP server.
 
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -142,7 +143,10 @@ async fn serve(
         router = router.merge(demo_routes());
     }
     ready.set_ready();
-    announce(&runtime, local, started.elapsed());
+    // Whoever started it may have closed its output, and still wants the server.
+    if let Err(error) = announce(&mut std::io::stdout(), &runtime, local, started.elapsed()) {
+        tracing::warn!(%error, "cannot write to standard output");
+    }
 
     let seconds = |given: Option<u64>, default| Duration::from_secs(given.unwrap_or(default));
     let options = ListenOptions {
@@ -203,28 +207,35 @@ async fn demo_request(Path(name): Path<String>) -> Response {
     }
 }
 
-/// Tells on standard output what runs here and what to try.
-fn announce(runtime: &Runtime, address: SocketAddr, start: Duration) {
+/// Tells what runs here and what to try.
+fn announce(
+    out: &mut impl Write,
+    runtime: &Runtime,
+    address: SocketAddr,
+    start: Duration,
+) -> std::io::Result<()> {
     let info = runtime.engine.info();
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-    println!("\nCartouche {} on http://{address}", env!("CARGO_PKG_VERSION"));
-    println!(
+    writeln!(out, "\nCartouche {} on http://{address}", env!("CARGO_PKG_VERSION"))?;
+    writeln!(
+        out,
         "model       {} ({:.0} MiB of weights, ready in {:.2} s)",
         runtime.model.name,
         mib(runtime.weight_bytes),
         start.as_secs_f64()
-    );
+    )?;
     let entries = runtime.registry.list();
     for entry in &entries {
         match entry.tokens {
-            Some(tokens) => println!("cartridge   {} ({tokens} tokens)", entry.id),
-            None => println!("cartridge   {} (on disk)", entry.id),
+            Some(tokens) => writeln!(out, "cartridge   {} ({tokens} tokens)", entry.id)?,
+            None => writeln!(out, "cartridge   {} (on disk)", entry.id)?,
         }
     }
     if entries.is_empty() {
-        println!("cartridge   none yet; put them into --cartridge-dir");
+        writeln!(out, "cartridge   none yet; put them into --cartridge-dir")?;
     }
-    println!(
+    writeln!(
+        out,
         "limits      {} tokens of context, {} tokens of KV cache ({:.0} MiB), {} sequences at once, \
          {} sequences or {} prompt tokens waiting, bodies up to {} MiB",
         info.max_context,
@@ -234,22 +245,24 @@ fn announce(runtime: &Runtime, address: SocketAddr, start: Duration) {
         info.max_queued_sequences,
         info.max_queued_tokens,
         limits::MAX_BODY_BYTES >> 20
-    );
+    )?;
     let prefix_cache = if info.prefix_cache { "on" } else { "off" };
-    println!("prefix      cache of prompt beginnings: {prefix_cache}");
-    if runtime.source == ModelSource::Demo {
-        announce_demo(address);
+    writeln!(out, "prefix      cache of prompt beginnings: {prefix_cache}")?;
+    match runtime.source {
+        ModelSource::Demo => announce_demo(out, address),
+        _ => Ok(()),
     }
 }
 
-fn announce_demo(address: SocketAddr) {
-    let Some(document) = demo::DOCUMENTS.first() else { return };
-    let Ok(questions) = document.questions() else { return };
-    let Some(first) = questions.first() else { return };
+fn announce_demo(out: &mut impl Write, address: SocketAddr) -> std::io::Result<()> {
+    let Some(document) = demo::DOCUMENTS.first() else { return Ok(()) };
+    let Ok(questions) = document.questions() else { return Ok(()) };
+    let Some(first) = questions.first() else { return Ok(()) };
     let chat = format!("http://{address}/v1/chat/completions");
     let message = json!([{"role": "user", "content": first.question}]);
     let cartridge = json!([{"id": document.name, "source": "local"}]);
-    println!(
+    writeln!(
+        out,
         "
 Try it: one question about the {title}, asked in three ways.
 
@@ -266,5 +279,5 @@ Try it: one question about the {title}, asked in three ways.
 ",
         title = questions.title,
         name = document.name,
-    );
+    )
 }

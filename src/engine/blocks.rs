@@ -97,21 +97,6 @@ impl BlockPool {
         BlockTable { blocks: Vec::new(), shared: 0, root, state: Rc::clone(&self.state) }
     }
 
-    /// Makes every block free and forgets what is cached. Only for a pool whose books are wrong, when no
-    /// table holds a block.
-    pub fn reset(&self) {
-        let mut state = self.state.borrow_mut();
-        let (total, keep) = (state.holders.len(), state.keep);
-        *state = State {
-            free: (0..total as u32).rev().collect(),
-            holders: vec![0; total],
-            used: 0,
-            cached: 0,
-            cache: PrefixCache::new(total),
-            keep,
-        };
-    }
-
     /// Recounts everything. For tests.
     #[cfg(test)]
     pub fn audit(&self) {

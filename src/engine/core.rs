@@ -30,6 +30,7 @@ pub(super) struct Core {
     cache: KvCache,
     pool: BlockPool,
     scheduler: Scheduler,
+    limits: SchedulerLimits,
     sequences: BTreeMap<SequenceId, Sequence>,
     receiver: Receiver<Submission>,
     shared: Arc<Shared>,
@@ -38,12 +39,17 @@ pub(super) struct Core {
     /// Called with the tokens of every step, between the model and the sampling; tests let it panic.
     #[cfg(test)]
     pub(super) fault: Option<fn(&[u32])>,
+    /// The same with a prompt, in the midst of planning.
+    #[cfg(test)]
+    pub(super) plan_fault: Option<fn(&[u32])>,
 }
 
 /// The blocks of the engine's sequences.
 struct SequenceBlocks<'a> {
     sequences: &'a mut BTreeMap<SequenceId, Sequence>,
     pool: &'a BlockPool,
+    #[cfg(test)]
+    fault: Option<fn(&[u32])>,
 }
 
 impl Memory for SequenceBlocks<'_> {
@@ -58,6 +64,10 @@ impl Memory for SequenceBlocks<'_> {
     fn reserve(&mut self, id: SequenceId, blocks: usize) {
         // Whether it worked is checked before the blocks are used.
         let _ = self.sequences.get_mut(&id).is_some_and(|s| s.table.grow_to(blocks));
+        #[cfg(test)]
+        if let (Some(fault), Some(sequence)) = (self.fault, self.sequences.get(&id)) {
+            fault(&sequence.active.request.prompt);
+        }
     }
 
     fn release(&mut self, id: SequenceId) {
@@ -82,6 +92,7 @@ impl Core {
             cache,
             pool: BlockPool::new(blocks, options.prefix_cache),
             scheduler: Scheduler::new(limits, blocks),
+            limits,
             sequences: BTreeMap::new(),
             receiver,
             shared,
@@ -90,41 +101,63 @@ impl Core {
             group_min: options.group_min_sequences,
             #[cfg(test)]
             fault: None,
+            #[cfg(test)]
+            plan_fault: None,
         }
     }
 
     pub fn run(mut self) {
         loop {
-            // Taken first: what they name was submitted before and is known after the next line.
-            let cancelled = self.shared.take_cancelled();
-            if !self.take_submissions() {
-                return;
+            match catch_unwind(AssertUnwindSafe(|| self.turn())) {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(_) => self.restart("planning a step panicked"),
             }
-            cancelled.into_iter().for_each(|ids| self.remove(ids));
-            if self.sequences.is_empty() {
-                continue;
-            }
-            let mut blocks = SequenceBlocks { sequences: &mut self.sequences, pool: &self.pool };
-            let plan = self.scheduler.plan(&mut blocks);
-            self.note(&plan);
-            if let Err(error) = self.check_plan(&plan) {
-                self.fail_all(&error);
-                continue;
-            }
-            self.publish_gauges();
-            // A panic may leave only the sequences of this step in doubt, and those are dropped. What they
-            // wrote is in blocks that are not in the prefix cache.
-            let failure = match catch_unwind(AssertUnwindSafe(|| self.step(&plan))) {
-                Ok(Ok(())) => None,
-                Ok(Err(error)) => Some(error.to_string()),
-                Err(_) => Some("a step panicked".to_owned()),
-            };
-            if let Some(error) = failure {
-                tracing::error!(%error, "a step failed; its requests are ended");
-                self.fail(&plan, &EngineError::Internal(error));
-            }
-            self.check_blocks();
         }
+    }
+
+    /// Takes in what came, plans a step and runs it. False when the engine is done.
+    fn turn(&mut self) -> bool {
+        // Taken first: what they name was submitted before and is known after the next line.
+        let cancelled = self.shared.take_cancelled();
+        if !self.take_submissions() {
+            return false;
+        }
+        cancelled.into_iter().for_each(|ids| self.remove(ids));
+        if self.sequences.is_empty() {
+            return true;
+        }
+        let mut blocks = SequenceBlocks {
+            sequences: &mut self.sequences,
+            pool: &self.pool,
+            #[cfg(test)]
+            fault: self.plan_fault,
+        };
+        let plan = self.scheduler.plan(&mut blocks);
+        self.note(&plan);
+        if !self.is_sound(&plan) {
+            self.restart("the scheduler made an impossible plan");
+            return true;
+        }
+        self.publish_gauges();
+        // A panic may leave only the sequences of this step in doubt, and those are dropped. What they
+        // wrote is in blocks that are not in the prefix cache.
+        let failure = match catch_unwind(AssertUnwindSafe(|| self.step(&plan))) {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(_) => Some("a step panicked".to_owned()),
+        };
+        if let Some(error) = failure {
+            tracing::error!(%error, "a step failed; its requests are ended");
+            self.fail(&plan, &EngineError::Internal(error));
+        }
+        // Every block must be free, used or cached. If not, nothing in the pool can be trusted.
+        let counts = self.pool.counts();
+        debug_assert!(counts.add_up(), "{counts:?}");
+        if !counts.add_up() {
+            self.restart("the books of the KV cache are wrong");
+        }
+        true
     }
 
     /// Takes in what was submitted, waiting if there is nothing else to do. False when the engine is done.
@@ -151,21 +184,21 @@ impl Core {
         // Without a prefix cache only the choices of one request share blocks.
         let request_id = (!self.prefix_cache).then_some(first_id);
         let root = Root { context, request: request_id };
-        self.scheduler.enqueue(Arrival {
+        let arrival = Arrival {
             first: first_id,
             n: request.n,
             lane: context,
             priority: request.priority,
             prompt_tokens: request.prompt.len(),
             max_tokens: request.sampling.max_tokens,
-        });
+        };
         let cartridge_tokens = request.cartridges.iter().map(|c| c.tokens()).sum();
-        let n = request.n;
         let active = Arc::new(ActiveRequest { request, reply, first_id, cartridge_tokens });
-        for choice in 0..n {
+        for choice in 0..arrival.n {
             let sequence = Sequence::new(Arc::clone(&active), choice, self.pool.table(root));
             self.sequences.insert(first_id + choice as u64, sequence);
         }
+        self.scheduler.enqueue(arrival);
     }
 
     /// Carries out what the plan says about starts, and counts.
@@ -187,45 +220,41 @@ impl Core {
         }
     }
 
-    /// Refuses a plan that would write beyond the blocks of a sequence, or that does nothing for ever.
-    fn check_plan(&self, plan: &Plan) -> Result<(), EngineError> {
+    /// False for a plan that would write beyond the blocks of a sequence, or that does nothing for ever.
+    fn is_sound(&self, plan: &Plan) -> bool {
         let fits = |s: &Sequence, tokens: usize| {
             s.computed + tokens <= s.table.blocks().len() * BLOCK_TOKENS
         };
-        let sound = plan.work.iter().all(|work| {
-            self.sequences.get(&work.id).is_some_and(|sequence| fits(sequence, work.tokens))
-        });
-        debug_assert!(sound && !plan.work.is_empty(), "{plan:?}");
-        match sound && !plan.work.is_empty() {
-            true => Ok(()),
-            false => Err(EngineError::Internal("the scheduler made an impossible plan".to_owned())),
-        }
+        let sound = !plan.work.is_empty()
+            && plan.work.iter().all(|work| {
+                self.sequences.get(&work.id).is_some_and(|sequence| fits(sequence, work.tokens))
+            });
+        debug_assert!(sound, "{plan:?}");
+        sound
     }
 
-    /// Every block must be free, used or cached. If not, nothing in the pool can be trusted.
-    fn check_blocks(&mut self) {
-        let counts = self.pool.counts();
-        debug_assert!(counts.add_up(), "{counts:?}");
-        if counts.add_up() {
-            return;
+    /// Ends every request, also those that wait (one of them may be the cause), and goes on with a new
+    /// scheduler and a new pool: for when the old ones cannot be trusted.
+    fn restart(&mut self, why: &str) {
+        tracing::error!(why, "the engine starts anew; all its requests are ended");
+        let error = EngineError::Internal(why.to_owned());
+        let blocks = self.pool.counts().total;
+        // The sequences keep the old pool until they are gone.
+        self.pool = BlockPool::new(blocks, self.prefix_cache);
+        self.scheduler = Scheduler::new(self.limits, blocks);
+        while let Some(id) = self.sequences.first_key_value().map(|(id, _)| *id) {
+            self.fail_request(id, &error);
         }
-        tracing::error!(?counts, "blocks were lost or lent twice; the running requests are ended");
-        let held = |s: &Sequence| !s.table.blocks().is_empty();
-        let ids: Vec<SequenceId> =
-            self.sequences.iter().filter(|(_, s)| held(s)).map(|(id, _)| *id).collect();
-        let error = EngineError::Internal("the books of the KV cache are wrong".to_owned());
-        ids.into_iter().for_each(|id| self.fail_request(id, &error));
-        self.pool.reset();
     }
 
     /// Forgets sequences, wherever they stand; their blocks are free, or only cached, at once.
     fn remove(&mut self, ids: Range<SequenceId>) {
         for id in ids {
             let Some(sequence) = self.sequences.remove(&id) else { continue };
-            self.scheduler.remove(id);
             if !sequence.has_started() {
                 self.shared.queue.leave(1, sequence.prompt_len());
             }
+            self.scheduler.remove(id);
         }
     }
 
@@ -331,12 +360,6 @@ impl Core {
     fn fail(&mut self, plan: &Plan, error: &EngineError) {
         for work in &plan.work {
             self.fail_request(work.id, error);
-        }
-    }
-
-    fn fail_all(&mut self, error: &EngineError) {
-        while let Some(id) = self.sequences.first_key_value().map(|(id, _)| *id) {
-            self.fail_request(id, error);
         }
     }
 

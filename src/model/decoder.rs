@@ -1,9 +1,10 @@
 //! The decoder: token ids in, hidden states out, attention delegated.
 
 use candle_core::{Result, Tensor};
+use sha2::{Digest, Sha256};
 
 use super::ModelConfig;
-use crate::ops::{Linear, Matrix, RopeTable, apply_rope, rms_norm, swiglu};
+use crate::ops::{Linear, Matrix, RopeTable, apply_rope, rms_norm, swiglu, visit_bytes};
 
 /// What the decoder's queries attend to.
 pub trait Attend {
@@ -12,8 +13,8 @@ pub trait Attend {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
 }
 
-/// A Llama-style decoder with frozen weights.
-#[derive(Debug)]
+/// A Llama-style decoder with frozen weights. Cheap to clone: the weights are shared.
+#[derive(Debug, Clone)]
 pub struct Decoder {
     pub(super) config: ModelConfig,
     /// `[vocab, hidden]`.
@@ -24,7 +25,7 @@ pub struct Decoder {
     pub(super) rope: RopeTable,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Layer {
     pub(super) input_norm: Tensor,
     pub(super) q: Linear,
@@ -59,20 +60,71 @@ impl Decoder {
         positions: &[u32],
         attend: &mut dyn Attend,
     ) -> Result<Tensor> {
-        if let Some(id) = tokens.iter().find(|id| **id as usize >= self.config.vocab_size) {
-            candle_core::bail!("token id {id} is outside the vocabulary");
-        }
-        let (cos, sin) = self.rope.angles(positions, self.device())?;
-        let mut hidden = self.embedding.rows(&Tensor::new(tokens, self.device())?)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            hidden = layer.forward(&self.config, index, &hidden, (&cos, &sin), attend)?;
+        let angles = self.angles(positions)?;
+        let mut hidden = self.embed(tokens)?;
+        for index in 0..self.layers.len() {
+            hidden = self.layer(index, &hidden, &angles, attend)?;
         }
         Ok(hidden)
     }
 
+    /// Hidden states `[tokens, hidden]` before the first layer.
+    pub(crate) fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
+        if let Some(id) = tokens.iter().find(|id| **id as usize >= self.config.vocab_size) {
+            candle_core::bail!("token id {id} is outside the vocabulary");
+        }
+        self.embedding.rows(&Tensor::new(tokens, self.device())?)
+    }
+
+    /// Rotary angles of `positions`, for [`Self::layer`].
+    pub(crate) fn angles(&self, positions: &[u32]) -> Result<(Tensor, Tensor)> {
+        self.rope.angles(positions, self.device())
+    }
+
+    /// One layer: hidden states `[tokens, hidden]` in and out.
+    pub(crate) fn layer(
+        &self,
+        index: usize,
+        hidden: &Tensor,
+        (cos, sin): &(Tensor, Tensor),
+        attend: &mut dyn Attend,
+    ) -> Result<Tensor> {
+        self.layers[index].forward(&self.config, index, hidden, (cos, sin), attend)
+    }
+
+    /// The final norm of hidden states: what [`Self::head`] takes.
+    pub(crate) fn normed(&self, hidden: &Tensor) -> Result<Tensor> {
+        rms_norm(hidden, &self.final_norm, self.config.rms_norm_eps)
+    }
+
+    /// From normed hidden states to logits.
+    pub(crate) fn head(&self) -> &Linear {
+        &self.head
+    }
+
     /// Logits `[rows, vocab]` of hidden states `[rows, hidden]` from [`Self::forward`].
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.head.forward(&rms_norm(hidden, &self.final_norm, self.config.rms_norm_eps)?)
+        self.head.forward(&self.normed(hidden)?)
+    }
+
+    /// SHA-256 of all weights, in hex: whether they are still what they were.
+    pub fn weights_digest(&self) -> Result<String> {
+        let mut digest = Sha256::new();
+        let mut update = |bytes: &[u8]| digest.update(bytes);
+        self.embedding.visit_bytes(&mut update)?;
+        for l in &self.layers {
+            for linear in [&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down] {
+                linear.visit_bytes(&mut update)?;
+            }
+            let norms =
+                [Some(&l.input_norm), Some(&l.post_norm), l.q_norm.as_ref(), l.k_norm.as_ref()];
+            for norm in norms.into_iter().flatten() {
+                visit_bytes(norm, &mut update)?;
+            }
+        }
+        visit_bytes(&self.final_norm, &mut update)?;
+        self.head.visit_bytes(&mut update)?;
+        Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// Bytes held by all weights; a head tied to the embedding is counted once.

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::Matrix;
+use super::{Matrix, visit_bytes};
 
 /// `y = x · weightᵀ + bias` with a frozen weight of shape `[out, in]`.
 #[derive(Debug, Clone)]
@@ -19,11 +19,23 @@ impl Linear {
 
     /// `x` `[tokens, in]` to `[tokens, out]`. The gradient passes to `x`, through quantised weights too.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.weight.product(x)?;
-        match &self.bias {
-            Some(bias) => y.broadcast_add(bias),
-            None => Ok(y),
-        }
+        self.weight.product(x, self.bias.as_ref())
+    }
+
+    /// Takes a gradient `[tokens, out]` of the outputs to one of the inputs, `[tokens, in]`.
+    pub fn backward(&self, grad: &Tensor) -> Result<Tensor> {
+        self.weight.transposed_product(grad)
+    }
+
+    /// Outputs per token.
+    pub fn outputs(&self) -> Result<usize> {
+        Ok(self.weight.dims()?.0)
+    }
+
+    /// Calls `f` with the numbers of weight and bias as they lie in memory.
+    pub(crate) fn visit_bytes(&self, f: &mut impl FnMut(&[u8])) -> Result<()> {
+        self.weight.visit_bytes(f)?;
+        self.bias.as_ref().map_or(Ok(()), |bias| visit_bytes(bias, f))
     }
 
     /// Bytes held by the weight and the bias.

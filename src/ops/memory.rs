@@ -1,5 +1,6 @@
 //! Large blocks of memory.
 
+use std::alloc::{Layout, handle_alloc_error};
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
@@ -17,12 +18,14 @@ pub(crate) struct Pages<T> {
 }
 
 impl<T: Pod> Pages<T> {
-    /// # Panics
-    /// If the system has no memory left, like any allocation.
+    /// Ends the process if the system has no such memory left, like any allocation.
     pub fn zeroed(len: usize) -> Self {
-        let bytes = len.checked_mul(size_of::<T>()).expect("a size in memory");
+        // More than there can be is refused like more than there is.
+        let bytes = len.saturating_mul(size_of::<T>());
         // A map of nothing is an error.
-        let map = MmapMut::map_anon(bytes.max(1)).expect("the system has memory left");
+        let Ok(map) = MmapMut::map_anon(bytes.max(1)) else {
+            handle_alloc_error(Layout::array::<T>(len).unwrap_or(Layout::new::<T>()))
+        };
         #[cfg(target_os = "linux")]
         if bytes >= 2 << 20 {
             // A refusal only costs time.

@@ -1,10 +1,11 @@
-//! Building blocks of the decoder, with forward and backward; [`attention`] is forward only so far.
+//! Building blocks of the decoder, with forward and backward.
 //!
 //! candle's fused `rms_norm`, `rope` and quantised product drop the gradient without an error, so the
-//! decoder uses these instead. The backward passes are written with plain tensor operations and need no
-//! second kernel per device. The model's own weights are frozen by design: no op returns their gradient.
+//! decoder uses these instead. On the CPU the backward passes are loops of our own; elsewhere they are plain
+//! tensor operations, which need no second kernel per device. The model's own weights are frozen by design: no op returns their gradient.
 
 pub mod attention;
+pub(crate) mod gemm;
 mod linear;
 mod matrix;
 pub(crate) mod memory;
@@ -16,12 +17,21 @@ mod swiglu;
 
 pub use linear::Linear;
 pub use matrix::Matrix;
-pub use reduce::{all_finite, argmax, exp_sum, max};
+pub use reduce::{all_finite, argmax, exp_in_place, exp_sum, max};
 pub use rms_norm::rms_norm;
 pub use rope::{RopeScaling, RopeTable, apply_rope};
 pub use swiglu::swiglu;
 
-use candle_core::{CpuStorage, Layout, Result, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
+
+/// Calls `f` with the numbers of a tensor, as f32.
+pub(crate) fn visit_bytes(tensor: &Tensor, f: &mut impl FnMut(&[u8])) -> Result<()> {
+    let tensor = tensor.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous()?;
+    with_f32(&tensor, |values| {
+        f(bytemuck::cast_slice(values));
+        Ok(())
+    })
+}
 
 /// The elements of a contiguous f32 CPU tensor; an error names the op that was given something else.
 pub(crate) fn contiguous_f32<'a>(

@@ -60,6 +60,36 @@ fn exp_sum_with<L: Lanes>(values: &[f32], base: f32, scale: f32) -> f64 {
     total
 }
 
+/// Replaces every value by `exp((value - base) · scale)` and returns the sum of what it became.
+pub fn exp_in_place(values: &mut [f32], base: f32, scale: f32) -> f64 {
+    dispatch!(exp_in_place_with(values: &mut [f32], base: f32, scale: f32) -> f64)
+}
+
+#[inline(always)]
+fn exp_in_place_with<L: Lanes>(values: &mut [f32], base: f32, scale: f32) -> f64 {
+    const PART: usize = 4096;
+    let (base, factor) = (L::splat(base), L::splat(scale));
+    let mut total = 0f64;
+    for part in values.chunks_mut(PART) {
+        let mut sum = L::splat(0.0);
+        let mut vectors = part.chunks_exact_mut(16);
+        for vector in vectors.by_ref() {
+            // SAFETY: chunks of 16.
+            let exp = unsafe { L::load(vector.as_ptr()) }.sub(base).mul(factor).exp();
+            // SAFETY: as above.
+            unsafe { exp.store(vector.as_mut_ptr()) };
+            sum = sum.add(exp);
+        }
+        let rest = vectors.into_remainder();
+        let mut lanes = [f32::NEG_INFINITY; 16];
+        lanes[..rest.len()].copy_from_slice(rest);
+        let exp = L::from_array(lanes).sub(base).mul(factor).exp();
+        rest.copy_from_slice(&exp.to_array()[..rest.len()]);
+        total += f64::from(sum.add(exp).sum());
+    }
+    total
+}
+
 #[cfg(test)]
 mod tests {
     #[test]
@@ -90,6 +120,12 @@ mod tests {
             let naive: f64 = values.iter().map(|v| ((f64::from(*v) - 9.0) * 0.5).exp()).sum();
             let got = super::exp_sum(&values, 9.0, 0.5);
             assert!((got - naive).abs() <= 1e-6 * naive, "{got} for {naive}");
+            let mut replaced = values.clone();
+            assert_eq!(super::exp_in_place(&mut replaced, 9.0, 0.5), got);
+            for (value, exp) in values.iter().zip(replaced) {
+                let want = ((f64::from(*value) - 9.0) * 0.5).exp();
+                assert!((f64::from(exp) - want).abs() <= 1e-6 * want, "{exp} for {want}");
+            }
         }
     }
 }

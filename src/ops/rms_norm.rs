@@ -1,9 +1,9 @@
 //! Root-mean-square normalisation over the last dimension.
 
-use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::contiguous_f32;
+use super::{contiguous_f32, with_f32};
 
 /// `x / sqrt(mean(x², last dim) + eps) * weight` for `x` of shape `[.., width]` and `weight` `[width]`.
 ///
@@ -56,12 +56,41 @@ impl CustomOp2 for RmsNorm {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         // With r = 1/sqrt(mean(x²)+eps) and h = grad·w:  dx = r·h − x·r³·mean(h·x)
+        if x.device().is_cpu() && x.dtype() == DType::F32 {
+            let slopes =
+                |x: &[f32], weight: &[f32], grad: &[f32]| slopes(x, weight, grad, self.eps);
+            let dx = with_f32(x, |x| {
+                with_f32(weight, |weight| with_f32(grad, |grad| Ok(slopes(x, weight, grad))))
+            })?;
+            return Ok((Some(Tensor::from_vec(dx, x.shape(), x.device())?), None));
+        }
         let h = grad.broadcast_mul(weight)?;
         let r = (x.sqr()?.mean_keepdim(D::Minus1)? + self.eps)?.sqrt()?.recip()?;
         let projection = ((&h * x)?.mean_keepdim(D::Minus1)? * r.powf(3.0)?)?;
         let dx = (h.broadcast_mul(&r)? - x.broadcast_mul(&projection)?)?;
         Ok((Some(dx), None))
     }
+}
+
+/// The gradient of `x`, all of it `[rows, width]`.
+fn slopes(x: &[f32], weight: &[f32], grad: &[f32], eps: f64) -> Vec<f32> {
+    let width = weight.len();
+    let mut dx = vec![0f32; x.len()];
+    dx.par_chunks_exact_mut(width)
+        .with_min_len(16)
+        .zip(x.par_chunks_exact(width).zip(grad.par_chunks_exact(width)))
+        .for_each(|(dx, (x, grad))| {
+            let (mut squares, mut along) = (0f32, 0f32);
+            for ((dx, x), (grad, weight)) in dx.iter_mut().zip(x).zip(grad.iter().zip(weight)) {
+                *dx = grad * weight;
+                squares += x * x;
+                along += *dx * x;
+            }
+            let r = 1.0 / (squares / width as f32 + eps as f32).sqrt();
+            let back = along / width as f32 * r * r * r;
+            dx.iter_mut().zip(x).for_each(|(dx, x)| *dx = *dx * r - x * back);
+        });
+    dx
 }
 
 #[cfg(test)]

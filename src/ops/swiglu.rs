@@ -1,10 +1,10 @@
 //! The gated activation of Llama-style feed-forward layers.
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::contiguous_f32;
 use super::simd::{Lanes, dispatch};
+use super::{contiguous_f32, with_f32};
 
 /// Elements per parallel task: below this the work is cheaper than handing it over.
 const GRAIN: usize = 8192;
@@ -49,6 +49,13 @@ impl CustomOp2 for SwiGlu {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         // With s = sigmoid(gate):  d up = grad·gate·s,  d gate = grad·up·s·(1 + gate·(1 − s))
+        if gate.device().is_cpu() && gate.dtype() == DType::F32 {
+            let (d_gate, d_up) = with_f32(gate, |gate| {
+                with_f32(up, |up| with_f32(grad, |grad| Ok(slopes(gate, up, grad))))
+            })?;
+            let tensor = |values| Tensor::from_vec(values, gate.shape(), gate.device());
+            return Ok((Some(tensor(d_gate)?), Some(tensor(d_up)?)));
+        }
         let s = ((gate.neg()?.exp()? + 1.0)?).recip()?;
         let d_up = ((grad * gate)? * &s)?;
         let slope = (&s * ((gate * (1.0 - &s)?)? + 1.0)?)?;
@@ -78,6 +85,57 @@ fn activate_with<L: Lanes>(out: &mut [f32], gate: &[f32], up: &[f32]) {
 #[inline(always)]
 fn activated<L: Lanes>(gate: L, up: L) -> L {
     gate.div(L::splat(1.0).add(L::splat(0.0).sub(gate).exp())).mul(up)
+}
+
+/// Gradients of `gate` and `up`.
+fn slopes(gate: &[f32], up: &[f32], grad: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    let (mut d_gate, mut d_up) = (vec![0f32; gate.len()], vec![0f32; gate.len()]);
+    d_gate
+        .par_chunks_mut(GRAIN)
+        .zip(d_up.par_chunks_mut(GRAIN))
+        .zip(gate.par_chunks(GRAIN).zip(up.par_chunks(GRAIN)).zip(grad.par_chunks(GRAIN)))
+        .for_each(|((d_gate, d_up), ((gate, up), grad))| slope(d_gate, d_up, gate, up, grad));
+    (d_gate, d_up)
+}
+
+fn slope(d_gate: &mut [f32], d_up: &mut [f32], gate: &[f32], up: &[f32], grad: &[f32]) {
+    dispatch!(slope_with(
+        d_gate: &mut [f32],
+        d_up: &mut [f32],
+        gate: &[f32],
+        up: &[f32],
+        grad: &[f32],
+    ))
+}
+
+#[inline(always)]
+fn slope_with<L: Lanes>(
+    d_gate: &mut [f32],
+    d_up: &mut [f32],
+    gate: &[f32],
+    up: &[f32],
+    grad: &[f32],
+) {
+    for at in (0..gate.len()).step_by(16) {
+        let len = (gate.len() - at).min(16);
+        let lanes = |values: &[f32]| {
+            if len == 16 {
+                // SAFETY: 16 values from `at` on.
+                return unsafe { L::load(values.as_ptr().add(at)) };
+            }
+            let mut lanes = [0f32; 16];
+            lanes[..len].copy_from_slice(&values[at..at + len]);
+            L::from_array(lanes)
+        };
+        let (gate, up, grad) = (lanes(gate), lanes(up), lanes(grad));
+        let one = L::splat(1.0);
+        let s = one.div(one.add(L::splat(0.0).sub(gate).exp()));
+        let slope = s.mul(one.add(gate.mul(one.sub(s))));
+        let values = grad.mul(up).mul(slope).to_array();
+        d_gate[at..at + len].copy_from_slice(&values[..len]);
+        let values = grad.mul(gate).mul(s).to_array();
+        d_up[at..at + len].copy_from_slice(&values[..len]);
+    }
 }
 
 #[cfg(test)]

@@ -1,9 +1,36 @@
 //! Learning a cartridge: distillation of a teacher's log-probabilities into keys and values, through the
 //! frozen weights of the model that serves it.
 //!
-//! [`dataset`](self) rows become token sequences with sparse targets, those become packs, and each pack one
+//! [`dataset`] rows become token sequences with sparse targets, those become packs, and each pack one
 //! gradient of every cartridge tensor. This is a library: a command or a server thread drives it step by step.
 
+mod attention;
+mod check;
+mod checkpoint;
+pub mod dataset;
+mod error;
+mod initialize;
+mod loss;
+mod memory;
+mod optimizer;
 mod pack;
+mod packing;
+mod parameters;
+mod schedule;
+mod step;
+mod teacher;
+mod trainer;
 
+pub use checkpoint::RunDir;
+pub use error::TrainError;
+pub use initialize::{from_text, random};
+pub use loss::{LossOnly, Normalizer};
+pub use memory::keep_freed_memory;
+pub use optimizer::{Adam, AdamOptions};
 pub use pack::{Pack, Targets};
+pub use packing::{PackPlan, Packing, PackingError, PackingMode, epoch_order};
+pub use parameters::Parameters;
+pub use schedule::{Decay, Schedule};
+pub use step::{PrefixLayer, StepOptions, StepOutput, evaluate, gradients};
+pub use teacher::{Lesson, Taught, TeacherOptions, teach};
+pub use trainer::{Position, StepReport, Trainer, TrainerOptions};

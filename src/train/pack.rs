@@ -22,6 +22,11 @@ impl Targets {
         self.rows.is_empty()
     }
 
+    /// Rows that are trained: those with entries.
+    pub fn supervised_rows(&self) -> usize {
+        self.rows.chunk_by(|a, b| a == b).count()
+    }
+
     pub fn push(&mut self, row: u32, id: u32, prob: f32) {
         self.rows.push(row);
         self.ids.push(id);

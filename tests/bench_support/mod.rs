@@ -1,8 +1,6 @@
 //! Servers to measure: scripted ones that answer at once, late or badly.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
-pub mod flood;
-
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;

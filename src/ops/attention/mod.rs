@@ -1,14 +1,21 @@
 //! Attention of new tokens over segments: cartridges first, then the sequence's own earlier tokens.
 //!
-//! Softmax is accumulated tile by tile with a running maximum and sum, which merges segments exactly (the
+//! [`segment_attention`] serves, forward only. [`prefix_attention`] trains: one prefix, whole sequences, and
+//! a backward.
+//!
+//! In serving, softmax is accumulated tile by tile with a running maximum and sum, which merges segments exactly (the
 //! log-sum-exp merge of Hydragen / cascade attention). No segment needs a page alignment, and none is
 //! copied next to another. Rows that share a cartridge are computed together, so that it is read once for
 //! all of them; what a row gets does not depend on the company it is computed in.
 
 mod cpu;
+mod packed;
+mod packed_cpu;
+mod packed_plan;
 mod tile;
 
 pub use cpu::{Heads, KvRun, SequenceQueries, segment_attention};
+pub use packed::{packed_attention, prefix_attention};
 pub use tile::KEY_LANES;
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 mod activations;
 mod packed_f32;
 mod q8_0;
+mod transposed;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,9 +18,10 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor,
 };
 
-use super::{contiguous_f32, with_f32};
+use super::{contiguous_f32, visit_bytes, with_f32};
 use packed_f32::PackedF32;
 use q8_0::PackedQ8;
+use transposed::transposed_product;
 
 /// Outputs per tile: the f32 lanes of a vector.
 const LANES: usize = 16;
@@ -74,14 +76,38 @@ impl Matrix {
         Ok(Self(Arc::new(form)))
     }
 
-    /// `x · weightᵀ` for `x` `[tokens, in]`: `[tokens, out]`. The gradient passes to `x`. With quantised
-    /// weights the activations are rounded to the 8 bits of the format's products; the gradient is that of
-    /// the product without this rounding.
-    pub fn product(&self, x: &Tensor) -> Result<Tensor> {
-        match &*self.0 {
-            Form::Dense(weight) => x.matmul(&weight.t()?),
-            _ => x.contiguous()?.apply_op1(Product(self.clone())),
+    /// `x · weightᵀ + bias` for `x` `[tokens, in]` and `bias` `[out]`: `[tokens, out]`. The gradient passes
+    /// to `x`. With quantised weights the activations are rounded to the 8 bits of the format's products;
+    /// the gradient is that of the product without this rounding.
+    pub fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let dense = matches!(&*self.0, Form::Dense(_));
+        match (&*self.0, bias) {
+            (_, Some(bias)) if dense || !x.device().is_cpu() => {
+                self.product(x, None)?.broadcast_add(bias)
+            }
+            (Form::Dense(weight), _) => x.matmul(&weight.t()?),
+            // One operation: candle would keep a gradient of the frozen bias for every token.
+            _ => x.contiguous()?.apply_op1(Product { matrix: self.clone(), bias: bias.cloned() }),
         }
+    }
+
+    /// `y · weight` for `y` `[tokens, out]`: `[tokens, in]`, what takes a gradient from the outputs of
+    /// [`Self::product`] to its inputs.
+    pub fn transposed_product(&self, y: &Tensor) -> Result<Tensor> {
+        let (out, input) = self.dims()?;
+        let (tokens, width) = y.dims2()?;
+        if width != out {
+            candle_core::bail!(
+                "product: [{tokens}, {width}] with transposed weights [{out}, {input}]"
+            );
+        }
+        let values = match &*self.0 {
+            Form::F32(packed) => with_f32(y, |y| Ok(transposed_product(packed, y)))?,
+            Form::Q8(packed) => with_f32(y, |y| Ok(transposed_product(packed, y)))?,
+            // Dense for the length of this product only: the frozen weight stays as it is.
+            _ => return y.contiguous()?.matmul(&self.to_dense(y.device())?.to_dtype(y.dtype())?),
+        };
+        Tensor::from_vec(values, (tokens, input), &Device::Cpu)
     }
 
     /// Rows `ids` in f32, `[ids, in]`: an embedding lookup. A row that is not there is an error.
@@ -125,6 +151,17 @@ impl Matrix {
         }
     }
 
+    /// Calls `f` with what is held, as it lies in memory.
+    pub(crate) fn visit_bytes(&self, f: &mut impl FnMut(&[u8])) -> Result<()> {
+        match &*self.0 {
+            Form::F32(packed) => packed.visit_bytes(f),
+            Form::Q8(packed) => packed.visit_bytes(f),
+            Form::Ggml(tensor) => f(&tensor.data()?),
+            Form::Dense(tensor) => return visit_bytes(tensor, f),
+        }
+        Ok(())
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> u64 {
         match &*self.0 {
@@ -137,7 +174,10 @@ impl Matrix {
 }
 
 /// A product with the backward that candle's quantised one lacks.
-struct Product(Matrix);
+struct Product {
+    matrix: Matrix,
+    bias: Option<Tensor>,
+}
 
 impl CustomOp1 for Product {
     fn name(&self) -> &'static str {
@@ -145,33 +185,53 @@ impl CustomOp1 for Product {
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        if let Form::Ggml(tensor) = &*self.0.0 {
-            return tensor.cpu_fwd(storage, layout);
+        let (out, input) = self.matrix.dims()?;
+        if let Form::Ggml(tensor) = &*self.matrix.0 {
+            let (mut y, shape) = tensor.cpu_fwd(storage, layout)?;
+            match &mut y {
+                CpuStorage::F32(y) => self.add_bias(y, out)?,
+                _ => candle_core::bail!("product: quantised weights give f32"),
+            }
+            return Ok((y, shape));
         }
         let x = contiguous_f32(self.name(), storage, layout)?;
         let (tokens, width) = layout.shape().dims2()?;
-        let (out, input) = self.0.dims()?;
         if width != input {
             candle_core::bail!("product: [{tokens}, {width}] with weights [{out}, {input}]");
         }
-        let y = match &*self.0.0 {
+        let mut y = match &*self.matrix.0 {
             Form::F32(packed) => packed.product(x),
             Form::Q8(packed) => packed.product(x),
             Form::Ggml(_) | Form::Dense(_) => candle_core::bail!("product: weights not laid out"),
         };
+        self.add_bias(&mut y, out)?;
         Ok((CpuStorage::F32(y), Shape::from((tokens, out))))
     }
 
     fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        match &*self.0.0 {
+        match &*self.matrix.0 {
             Form::Ggml(tensor) => tensor.cuda_fwd(storage, layout),
             _ => candle_core::bail!("product: these weights lie on the CPU"),
         }
     }
 
-    fn bwd(&self, x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        // Dense for the length of this product only: the frozen weight stays as it is.
-        Ok(Some(grad.contiguous()?.matmul(&self.0.to_dense(x.device())?)?))
+    fn bwd(&self, _x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.matrix.transposed_product(grad)?))
+    }
+}
+
+impl Product {
+    fn add_bias(&self, y: &mut [f32], out: usize) -> Result<()> {
+        let Some(bias) = &self.bias else { return Ok(()) };
+        with_f32(bias, |bias| {
+            if bias.len() != out {
+                candle_core::bail!("product: {} biases for {out} outputs", bias.len());
+            }
+            for row in y.chunks_exact_mut(out) {
+                row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
+            }
+            Ok(())
+        })
     }
 }
 
@@ -199,6 +259,25 @@ impl Output {
             let to = self.start.add(row * self.width + column);
             std::ptr::copy_nonoverlapping(sums.as_ptr(), to, len);
         }
+    }
+
+    /// What [`Self::write`] would replace; zeroes past the last column.
+    ///
+    /// # Safety
+    /// As for [`Self::write`].
+    #[inline(always)]
+    unsafe fn read(&self, row: usize, column: usize) -> [f32; LANES] {
+        let len = LANES.min(self.width - column);
+        let mut values = [0f32; LANES];
+        // SAFETY: `column + len <= width`, the rest is the caller's promise.
+        unsafe {
+            let from = self.start.add(row * self.width + column);
+            match len {
+                LANES => values = from.cast::<[f32; LANES]>().read(),
+                _ => std::ptr::copy_nonoverlapping(from, values.as_mut_ptr(), len),
+            }
+        }
+        values
     }
 }
 

@@ -9,14 +9,18 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::transposed::Tiles;
 use super::{LANES, Output, for_tiles};
 use crate::ops::memory::Pages;
 use crate::ops::simd::{Lanes, dispatch};
 
 /// Tokens multiplied at once: as many as keep their sums in registers.
-const CHUNK_TOKENS: usize = 8;
+pub(super) const CHUNK_TOKENS: usize = 8;
 /// Weights that one thread multiplies with chunk after chunk of tokens; they stay in its L2 cache.
 const GROUP_BYTES: usize = 512 << 10;
+/// Inputs multiplied at once where there are many tokens: longer rows would not leave room for a group of
+/// tiles in the cache. Sums go on from what is stored, so the block does not show in their bits.
+const BLOCK_INPUTS: usize = 512;
 
 #[derive(Debug)]
 pub(super) struct PackedF32 {
@@ -49,6 +53,10 @@ impl PackedF32 {
         (self.out, self.input)
     }
 
+    pub fn visit_bytes(&self, f: &mut impl FnMut(&[u8])) {
+        f(bytemuck::cast_slice(&self.weights));
+    }
+
     pub fn bytes(&self) -> u64 {
         size_of_val(&self.weights[..]) as u64
     }
@@ -67,35 +75,81 @@ impl PackedF32 {
     /// `x · weightᵀ` for `x` `[tokens, in]`: `[tokens, out]`.
     pub fn product(&self, x: &[f32]) -> Vec<f32> {
         let tokens = x.len() / self.input;
-        let chunks: Vec<Vec<f32>> = x
-            .chunks(CHUNK_TOKENS * self.input)
-            .map(|chunk| interleave(chunk, self.input))
-            .collect();
+        let chunks = interleaved(x, self.input);
         let mut result = vec![0f32; tokens * self.out];
         let output = Output::new(&mut result, self.out);
         let tiles = self.out.div_ceil(LANES);
-        let in_cache = GROUP_BYTES / (self.input * size_of::<[f32; LANES]>());
+        // Few tokens read every weight once, so they gain nothing from its staying in the cache.
+        let block = if chunks.len() < 4 { self.input } else { self.input.min(BLOCK_INPUTS) };
+        let in_cache = GROUP_BYTES / (block * size_of::<[f32; LANES]>());
         for_tiles(
             tiles,
             in_cache.next_multiple_of(4),
             tokens * self.weights.len() * LANES,
             |range| {
-                for (c, chunk) in chunks.iter().enumerate() {
-                    let part = Part {
-                        weights: &self.weights[range.start * self.input..range.end * self.input],
-                        input: self.input,
-                        x: chunk,
-                        tokens: chunk.len() / self.input,
-                        output,
-                        first_token: c * CHUNK_TOKENS,
-                        first_out: range.start * LANES,
-                    };
-                    multiply(&part);
+                for first in (0..self.input).step_by(block) {
+                    let inputs = first..self.input.min(first + block);
+                    for (c, chunk) in chunks.iter().enumerate() {
+                        let tokens = chunk.len() / self.input;
+                        multiply(&Part {
+                            weights: &self.weights
+                                [range.start * self.input..range.end * self.input],
+                            input: self.input,
+                            inputs: inputs.clone(),
+                            x: &chunk[inputs.start * tokens..inputs.end * tokens],
+                            tokens,
+                            output,
+                            first_token: c * CHUNK_TOKENS,
+                            first_out: range.start * LANES,
+                            go_on: first > 0,
+                        });
+                    }
                 }
             },
         );
         result
     }
+}
+
+impl Tiles for PackedF32 {
+    fn dims(&self) -> (usize, usize) {
+        (self.out, self.input)
+    }
+
+    fn turn(&self, rows: Range<usize>, columns: Range<usize>, to: &mut [[f32; LANES]]) {
+        for (columns, to) in columns_of_tiles(columns).zip(to.chunks_exact_mut(rows.len())) {
+            for (tile, to) in (rows.start / LANES..).zip(to.chunks_mut(LANES)) {
+                let from = &self.weights[tile * self.input..][columns.clone()];
+                // A whole square in registers, where there is one.
+                match <&[[f32; LANES]; LANES]>::try_from(from) {
+                    Ok(from) => turn_square(from, to),
+                    Err(_) => {
+                        for (c, from) in from.iter().enumerate() {
+                            to.iter_mut().zip(from).for_each(|(to, value)| to[c] = *value);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Ranges of up to [`LANES`] columns.
+fn columns_of_tiles(columns: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let end = columns.end;
+    columns.step_by(LANES).map(move |start| start..end.min(start + LANES))
+}
+
+fn turn_square(from: &[[f32; LANES]; LANES], to: &mut [[f32; LANES]]) {
+    for (row, to) in to.iter_mut().enumerate() {
+        *to = std::array::from_fn(|c| from[c][row]);
+    }
+}
+
+/// Chunks of tokens, each as the kernels read it.
+pub(super) fn interleaved(x: &[f32], input: usize) -> Vec<Vec<f32>> {
+    let chunks = x.par_chunks(CHUNK_TOKENS * input).with_min_len(8);
+    chunks.map(|chunk| interleave(chunk, input)).collect()
 }
 
 /// `[tokens, in]` to `[in, tokens]`.
@@ -109,18 +163,23 @@ fn interleave(x: &[f32], input: usize) -> Vec<f32> {
 }
 
 /// Some tiles with one chunk of tokens.
-struct Part<'a> {
-    weights: &'a [[f32; LANES]],
-    input: usize,
-    /// `[in, tokens]`.
-    x: &'a [f32],
-    tokens: usize,
-    output: Output,
-    first_token: usize,
-    first_out: usize,
+pub(super) struct Part<'a> {
+    /// `[tiles, input]`.
+    pub weights: &'a [[f32; LANES]],
+    pub input: usize,
+    /// Which of the inputs to multiply.
+    pub inputs: Range<usize>,
+    /// `[inputs, tokens]`.
+    pub x: &'a [f32],
+    pub tokens: usize,
+    pub output: Output,
+    pub first_token: usize,
+    pub first_out: usize,
+    /// Whether the sums go on from what is in the output.
+    pub go_on: bool,
 }
 
-fn multiply(part: &Part<'_>) {
+pub(super) fn multiply(part: &Part<'_>) {
     dispatch!(multiply_with(part: &Part<'_>))
 }
 
@@ -161,11 +220,21 @@ fn sums<L: Lanes, const TOKENS: usize, const TILES: usize>(
     column: usize,
 ) {
     let mut sums = [[L::splat(0.0); TILES]; TOKENS];
-    let weights = &weights[..TILES * part.input];
-    for (i, x) in part.x.chunks_exact(TOKENS).take(part.input).enumerate() {
+    if part.go_on {
+        for (t, sums) in sums.iter_mut().enumerate() {
+            for (tile, sums) in sums.iter_mut().enumerate() {
+                let column = column + tile * LANES;
+                // SAFETY: only this task writes to these columns.
+                *sums = L::from_array(unsafe { part.output.read(part.first_token + t, column) });
+            }
+        }
+    }
+    let inputs = part.inputs.clone();
+    let weights = &weights[inputs.start..][..(TILES - 1) * part.input + inputs.len()];
+    for (i, x) in part.x.chunks_exact(TOKENS).take(inputs.len()).enumerate() {
         let mut lanes = [L::splat(0.0); TILES];
         for (tile, lanes) in lanes.iter_mut().enumerate() {
-            // SAFETY: `i < input`, and there are `TILES` tiles of `input` vectors.
+            // SAFETY: `i < inputs.len()`, and `TILES` tiles are `input` vectors apart.
             *lanes = unsafe { L::load(weights.as_ptr().add(tile * part.input + i).cast()) };
         }
         for t in 0..TOKENS {
@@ -178,7 +247,7 @@ fn sums<L: Lanes, const TOKENS: usize, const TILES: usize>(
     for (t, sums) in sums.iter().enumerate() {
         for (tile, sums) in sums.iter().enumerate() {
             let column = column + tile * LANES;
-            // SAFETY: every (token, tile) is written once, by one task, within the result.
+            // SAFETY: every (token, tile) is written by one task, within the result.
             unsafe { part.output.write(part.first_token + t, column, &sums.to_array()) };
         }
     }

@@ -5,11 +5,14 @@
 //! which is what `vpdpbusd` multiplies with four broadcast activations. Sums within a block are exact
 //! integers and blocks are added in order, so a token's result has the same bits in any batch.
 
+use std::ops::Range;
+
 use candle_core::{Result, bail};
 use half::f16;
 use rayon::prelude::*;
 
 use super::activations::{BLOCK, CHUNK_TOKENS, Chunk, quantize};
+use super::transposed::Tiles;
 use super::{LANES, Output, for_tiles};
 use crate::ops::memory::Pages;
 
@@ -83,6 +86,11 @@ impl PackedQ8 {
         (self.out, self.input)
     }
 
+    pub fn visit_bytes(&self, f: &mut impl FnMut(&[u8])) {
+        f(bytemuck::cast_slice(&self.weights));
+        f(bytemuck::cast_slice(&self.scales));
+    }
+
     pub fn bytes(&self) -> u64 {
         (size_of_val(&self.weights[..]) + size_of_val(&self.scales[..])) as u64
     }
@@ -130,6 +138,29 @@ impl PackedQ8 {
             }
         });
         result
+    }
+}
+
+impl Tiles for PackedQ8 {
+    fn dims(&self) -> (usize, usize) {
+        (self.out, self.input)
+    }
+
+    fn turn(&self, rows: Range<usize>, columns: Range<usize>, to: &mut [[f32; LANES]]) {
+        let blocks = self.input / BLOCK;
+        // A block is two tiles of columns.
+        for (b, to) in (columns.start / BLOCK..).zip(to.chunks_mut(BLOCK / LANES * rows.len())) {
+            for (r, row) in rows.clone().enumerate() {
+                let (block, lane) = (row / LANES * blocks + b, row % LANES);
+                let scale = f16::from_bits(self.scales[block][lane]).to_f32();
+                let vectors = &self.weights[block * VECTORS..][..VECTORS];
+                let value = |column: usize| {
+                    f32::from((vectors[column / 4].0[lane][column % 4] ^ 0x80) as i8) * scale
+                };
+                to[r] = std::array::from_fn(value);
+                to[rows.len() + r] = std::array::from_fn(|column| value(LANES + column));
+            }
+        }
     }
 }
 

@@ -3,18 +3,20 @@
 //! In place of keys and values every slot holds a digest of what they would depend on: the cartridges
 //! and all tokens up to its own. A block that is shared, stale or overwritten wrongly shows at once.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+mod checks;
+mod sequence;
+
+use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::Priority;
-use super::blocks::{BLOCK_TOKENS, BlockPool, BlockTable};
-use super::prefix_cache::{BlockTokens, ContextKey, Root};
-use super::scheduler::{
-    AGING, Arrival, LaneId, MAX_PREEMPTIONS, Memory, Plan, Scheduler, SchedulerLimits, SequenceId,
-};
+use super::blocks::{BLOCK_TOKENS, BlockPool};
+use super::prefix_cache::{ContextKey, Root};
+use super::scheduler::{Arrival, LaneId, Plan, Scheduler, SchedulerLimits, SequenceId};
+use sequence::{Blocks, Request, Sequence};
 
 /// Slots written by a step that failed.
 const GARBAGE: u64 = u64::MAX;
@@ -32,87 +34,6 @@ struct Scenario {
     /// Of a thousand requests.
     batch: u32,
     max_queued: usize,
-}
-
-struct Request {
-    first: SequenceId,
-    n: usize,
-    root: Root,
-    priority: Priority,
-    prompt: Vec<u32>,
-}
-
-struct Sequence {
-    request: Rc<Request>,
-    /// Prompt and generated tokens.
-    tokens: Vec<u32>,
-    /// `digests[i]` is of the cartridges and tokens `0..=i`.
-    digests: Vec<u64>,
-    /// Generated tokens after which it stops.
-    length: usize,
-    computed: usize,
-    table: BlockTable,
-    preemptions: usize,
-    started: bool,
-    counts_as: Priority,
-    born: usize,
-}
-
-impl Sequence {
-    fn push(&mut self, token: u32) {
-        let before = self.digests.last().copied().unwrap_or_else(|| {
-            let root = self.request.root;
-            fold(root.request.unwrap_or(u64::MAX), &format!("{:?}", root.context))
-        });
-        self.tokens.push(token);
-        self.digests.push(mix(before, u64::from(token)));
-    }
-
-    fn block(tokens: &[u32], block: usize) -> BlockTokens {
-        std::array::from_fn(|i| tokens[block * BLOCK_TOKENS + i])
-    }
-
-    fn publish(&mut self) {
-        let tokens = &self.tokens;
-        self.table.publish(self.computed / BLOCK_TOKENS, |block| Self::block(tokens, block));
-    }
-}
-
-fn mix(a: u64, b: u64) -> u64 {
-    let x = (a ^ b.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    (x ^ (x >> 29)) >> 1 // never GARBAGE
-}
-
-fn fold(seed: u64, text: &str) -> u64 {
-    text.bytes().fold(seed, |digest, byte| mix(digest, u64::from(byte)))
-}
-
-struct Blocks<'a> {
-    sequences: &'a mut BTreeMap<SequenceId, Sequence>,
-    pool: &'a BlockPool,
-}
-
-impl Memory for Blocks<'_> {
-    fn available(&self) -> usize {
-        self.pool.available()
-    }
-
-    fn attach(&mut self, id: SequenceId) -> usize {
-        let sequence = self.sequences.get_mut(&id).unwrap();
-        let tokens = &sequence.tokens;
-        let full = (tokens.len() - 1) / BLOCK_TOKENS;
-        sequence.table.attach((0..full).map(|block| Sequence::block(tokens, block)))
-    }
-
-    fn reserve(&mut self, id: SequenceId, blocks: usize) {
-        assert!(self.sequences.get_mut(&id).unwrap().table.grow_to(blocks), "not available");
-    }
-
-    fn release(&mut self, id: SequenceId) {
-        let sequence = self.sequences.get_mut(&id).unwrap();
-        sequence.table.clear();
-        sequence.computed = 0;
-    }
 }
 
 #[derive(Debug, Default, Clone, Copy)]
@@ -269,90 +190,6 @@ impl Simulator {
         self.scheduler.waiting_lanes(priority)
     }
 
-    /// No sequence is computed again more often than promised.
-    fn check_preempted(&mut self, plan: &Plan) {
-        for id in &plan.preempted {
-            let sequence = self.sequences.get_mut(id).unwrap();
-            sequence.preemptions += 1;
-            assert!(sequence.preemptions <= MAX_PREEMPTIONS, "preempted too often");
-            self.totals.preempted += 1;
-            self.totals.pinned += usize::from(sequence.preemptions == MAX_PREEMPTIONS);
-        }
-    }
-
-    /// Lanes take turns, interactive goes before batch, and batch is not forgotten.
-    fn check_admitted(&mut self, plan: &Plan, before: &[(Priority, Vec<LaneId>)]) {
-        let waiting = |p: Priority| &before.iter().find(|(other, _)| *other == p).unwrap().1;
-        for admitted in &plan.admitted {
-            let sequence = self.sequences.get_mut(&admitted.id).unwrap();
-            let newcomer = !std::mem::replace(&mut sequence.started, true);
-            assert!(admitted.cached < sequence.tokens.len());
-            assert_eq!(admitted.cached % BLOCK_TOKENS, 0);
-            sequence.computed = admitted.cached;
-            self.totals.cached += admitted.cached;
-            let (priority, lane) = (sequence.request.priority, sequence.request.root.context);
-            let was = sequence.counts_as;
-            let counts_as = self.scheduler.priority(admitted.id).unwrap();
-            match counts_as {
-                Priority::Batch => assert!(
-                    self.scheduler.waiting_lanes(Priority::Interactive).is_empty(),
-                    "batch goes before interactive"
-                ),
-                Priority::Interactive if was == Priority::Batch => self.totals.promoted += 1,
-                Priority::Interactive => {}
-            }
-            match (was, newcomer) {
-                (Priority::Batch, _) => self.passed_batch = 0,
-                (Priority::Interactive, true) => self.passed_batch += 1,
-                _ => {}
-            }
-            if newcomer {
-                for other in waiting(priority) {
-                    let turns = self.turns.entry((priority, *other)).or_default();
-                    match *other == lane {
-                        true => turns.clear(),
-                        false => *turns.entry(lane).or_default() += 1,
-                    }
-                }
-            }
-        }
-        self.forget_empty_lanes();
-        for (priority, _) in before {
-            for lane in self.scheduler.waiting_lanes(*priority) {
-                let turns = self.turns.get(&(*priority, lane));
-                let most = turns.and_then(|turns| turns.values().max().copied());
-                assert!(most.unwrap_or(0) <= 1, "a lane has a second turn while another waits");
-            }
-        }
-        if self.scheduler.waiting_lanes(Priority::Batch).is_empty() {
-            self.passed_batch = 0;
-        }
-        assert!(self.passed_batch <= AGING, "batch is forgotten");
-        for id in plan.preempted.iter().chain(plan.admitted.iter().map(|a| &a.id)) {
-            let counts_as = self.scheduler.priority(*id).unwrap();
-            self.sequences.get_mut(id).unwrap().counts_as = counts_as;
-        }
-    }
-
-    /// Whoever is about to decode does, unless it was preempted or waits for a block of its seniors.
-    fn check_decoding(&self, plan: &Plan, decoding: &[SequenceId]) {
-        let working: HashSet<SequenceId> = plan.work.iter().map(|work| work.id).collect();
-        assert_eq!(working.len(), plan.work.len(), "one part per sequence");
-        let mut stuck = 0;
-        for id in decoding {
-            if working.contains(id) || plan.preempted.contains(id) {
-                continue;
-            }
-            let sequence = &self.sequences[id];
-            assert_eq!(sequence.table.blocks().len() * BLOCK_TOKENS, sequence.computed);
-            stuck += 1;
-        }
-        assert!(stuck <= 1, "only the most junior waits");
-        let prefilled: usize =
-            plan.work.iter().filter(|w| !decoding.contains(&w.id)).map(|w| w.tokens).sum();
-        assert!(prefilled <= self.scenario.limits.prefill_tokens + 1 + decoding.len());
-    }
-
     fn compute(&mut self, plan: &Plan) {
         let failed = self.chance(self.scenario.failures);
         for work in &plan.work {
@@ -404,21 +241,6 @@ impl Simulator {
                 self.remove(work.id);
             } else {
                 self.scheduler.grow(work.id);
-            }
-        }
-    }
-
-    /// A block in two tables is full, published, and the same part of both.
-    fn check_tables(&self) {
-        let mut holders: HashMap<u32, (usize, bool)> = HashMap::new();
-        for sequence in self.sequences.values() {
-            for (index, block) in sequence.table.blocks().iter().enumerate() {
-                let shared = index < sequence.table.shared();
-                assert!(!shared || (index + 1) * BLOCK_TOKENS <= sequence.computed);
-                if let Some(other) = holders.insert(*block, (index, shared)) {
-                    assert_eq!(other, (index, true));
-                    assert!(shared, "a block that is still written belongs to one sequence");
-                }
             }
         }
     }

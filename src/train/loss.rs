@@ -1,0 +1,194 @@
+//! The distillation loss and its gradient, fused with the LM head.
+//!
+//! Logits exist for a few rows at a time only: with a vocabulary of 128 thousand those of one pack would
+//! take a gigabyte. What leaves is one number and a gradient of the size of the hidden states.
+
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::{Targets, TrainError};
+use crate::ops::{Linear, exp_in_place, exp_sum, max};
+
+/// Logits held at once: 64 MiB of f32.
+const MAX_CHUNK_LOGITS: usize = 16 << 20;
+/// Rows of logits at once, whatever the vocabulary: enough to make products with the head efficient.
+const CHUNK_ROWS: std::ops::RangeInclusive<usize> = 64..=256;
+
+/// What the sum over the target entries is divided by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Normalizer {
+    /// Rows that have a target.
+    #[default]
+    Tokens,
+    /// Target entries.
+    Entries,
+}
+
+/// The cross entropy of the student with sparse targets.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LossOnly {
+    /// `nll_sum` over the number of rows or of entries, as the normaliser says.
+    pub loss: f64,
+    /// Minus the sum over entries of `p · ln q`.
+    pub nll_sum: f64,
+    /// Sum over entries of `p · ln p`. Added to `nll_sum` it gives the Kullback-Leibler divergence over the
+    /// entries' support.
+    pub entropy_sum: f64,
+    /// Rows with a target.
+    pub rows: usize,
+    pub entries: usize,
+}
+
+/// How the loss is computed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LossOptions {
+    pub normalizer: Normalizer,
+    /// Divides the student's logits.
+    pub temperature: f32,
+    /// Whether the gradient is wanted.
+    pub gradient: bool,
+}
+
+/// Target entries grouped by row.
+#[derive(Debug)]
+pub(super) struct TargetRows<'a> {
+    targets: &'a Targets,
+    /// The distinct rows, ascending.
+    pub rows: Vec<u32>,
+    /// Where the entries of each begin, and the end of the last.
+    starts: Vec<usize>,
+}
+
+impl<'a> TargetRows<'a> {
+    /// `targets.rows` must ascend.
+    pub fn new(targets: &'a Targets) -> Self {
+        let (mut rows, mut starts) = (Vec::new(), Vec::new());
+        for (entry, row) in targets.rows.iter().enumerate() {
+            if rows.last() != Some(row) {
+                rows.push(*row);
+                starts.push(entry);
+            }
+        }
+        starts.push(targets.len());
+        Self { targets, rows, starts }
+    }
+
+    /// Ids and probabilities of the `index`-th distinct row.
+    fn entries(&self, index: usize) -> impl Iterator<Item = (usize, f32)> + Clone + '_ {
+        let range = self.starts[index]..self.starts[index + 1];
+        let ids = self.targets.ids[range.clone()].iter().map(|id| *id as usize);
+        ids.zip(self.targets.probs[range].iter().copied())
+    }
+
+    fn entropy_sum(&self) -> f64 {
+        let probs = self.targets.probs.iter().map(|p| f64::from(*p));
+        probs.filter(|p| *p > 0.0).map(|p| p * p.ln()).sum()
+    }
+}
+
+/// The loss of the rows of `hidden` `[rows, hidden]`, after the final norm and one for each of the target's
+/// distinct rows, and if asked for the gradient of [`LossOnly::loss`] with respect to them, of the same shape.
+///
+/// Sums are in f64 and in the order of the rows. A loss that is not finite is an error that names its row.
+pub(super) fn distillation_loss(
+    hidden: &Tensor,
+    head: &Linear,
+    targets: &TargetRows<'_>,
+    options: LossOptions,
+) -> Result<(LossOnly, Option<Tensor>), TrainError> {
+    let (rows, entries) = (targets.rows.len(), targets.targets.len());
+    let divisor = match options.normalizer {
+        Normalizer::Tokens => rows,
+        Normalizer::Entries => entries,
+    };
+    let step = chunk_rows(head.outputs()?);
+    let scale = 1.0 / options.temperature;
+    // What one unit of a row's probability adds to the gradient.
+    let unit = options.gradient.then(|| f64::from(scale) / divisor as f64);
+    let mut nll_sum = 0f64;
+    let mut gradients = Vec::new();
+    for first in (0..rows).step_by(step) {
+        let logits = head.forward(&hidden.narrow(0, first, step.min(rows - first))?)?;
+        let op = RowLosses { targets, first, scale, unit, losses: Mutex::new(Vec::new()) };
+        logits.inplace_op1(&op)?;
+        let losses = op.losses.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Some(i) = losses.iter().position(|loss| !loss.is_finite()) {
+            return Err(TrainError::NonFiniteLoss { row: targets.rows[first + i] as usize });
+        }
+        nll_sum += losses.iter().sum::<f64>();
+        if options.gradient {
+            gradients.push(head.backward(&logits)?);
+        }
+    }
+    let entropy_sum = targets.entropy_sum();
+    let loss = LossOnly { loss: nll_sum / divisor as f64, nll_sum, entropy_sum, rows, entries };
+    let gradient = options.gradient.then(|| Tensor::cat(&gradients, 0)).transpose()?;
+    Ok((loss, gradient))
+}
+
+fn chunk_rows(vocab: usize) -> usize {
+    (MAX_CHUNK_LOGITS / vocab.max(1)).clamp(*CHUNK_ROWS.start(), *CHUNK_ROWS.end())
+}
+
+/// Turns logits into the gradient of the loss with respect to them, if `unit` says so.
+struct RowLosses<'a> {
+    targets: &'a TargetRows<'a>,
+    /// Which of the target's distinct rows is the first of the logits.
+    first: usize,
+    scale: f32,
+    unit: Option<f64>,
+    /// Of each row, before the division.
+    losses: Mutex<Vec<f64>>,
+}
+
+impl InplaceOp1 for RowLosses<'_> {
+    fn name(&self) -> &'static str {
+        "distillation_loss"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let (rows, vocab) = layout.shape().dims2()?;
+        let logits = match (storage, layout.contiguous_offsets()) {
+            (CpuStorage::F32(logits), Some((start, end))) => &mut logits[start..end],
+            _ => candle_core::bail!("distillation_loss: needs contiguous logits in f32"),
+        };
+        let losses = logits
+            .par_chunks_exact_mut(vocab)
+            .take(rows)
+            .enumerate()
+            .map(|(i, logits)| {
+                row_loss(logits, self.targets.entries(self.first + i), self.scale, self.unit)
+            })
+            .collect();
+        *self.losses.lock().unwrap_or_else(PoisonError::into_inner) = losses;
+        Ok(())
+    }
+}
+
+fn row_loss(
+    logits: &mut [f32],
+    entries: impl Iterator<Item = (usize, f32)> + Clone,
+    scale: f32,
+    unit: Option<f64>,
+) -> f64 {
+    let largest = max(logits);
+    let chosen: Vec<f32> = entries.clone().map(|(id, _)| logits[id]).collect();
+    let sum = match unit {
+        Some(_) => exp_in_place(logits, largest, scale),
+        None => exp_sum(logits, largest, scale),
+    };
+    if let Some(unit) = unit {
+        let mass: f64 = entries.clone().map(|(_, p)| f64::from(p)).sum();
+        let factor = (mass * unit / sum) as f32;
+        logits.iter_mut().for_each(|value| *value *= factor);
+        for (id, p) in entries.clone() {
+            logits[id] -= (f64::from(p) * unit) as f32;
+        }
+    }
+    let log_q = |logit: f32| f64::from(logit - largest) * f64::from(scale) - sum.ln();
+    -entries.zip(chosen).map(|((_, p), logit)| f64::from(p) * log_q(logit)).sum::<f64>()
+}
