@@ -110,6 +110,7 @@ fn every_command_has_help() {
         &["chat"],
         &["eval"],
         &["bench"],
+        &["train"],
         &["cartridge"],
         &["cartridge", "prefill"],
     ];

@@ -215,11 +215,15 @@ fn old_checkpoints_are_forgotten_and_other_options_are_not_the_same_run() {
     );
     let last = std::fs::read_link(run.path("run/cache_last.pt")).unwrap();
     assert_eq!(last, Path::new("cache-step5.pt"));
-    let error = run.fails("run", &[&steps[..], &["--seed", "7"]].concat());
+    let error = run.fails("run", &[&steps[..], &["--max-grad-norm", "1"]].concat());
     assert!(
         error.contains("state-step5.safetensors") && error.contains("other options"),
         "{error}"
     );
+    let error = run.fails("run", &[&steps[..], &["--limit", "59"]].concat());
+    assert!(error.contains("packs.safetensors") && error.contains("another document"), "{error}");
+    let error = run.fails("other", &["--global-batch-size", "1000"]);
+    assert!(error.contains("not a single update"), "{error}");
 }
 
 #[test]

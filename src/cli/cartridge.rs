@@ -13,7 +13,7 @@ use crate::cartridge::{
     read_cartridge, write_config_yaml, write_safetensors, write_torch,
 };
 use crate::model::LoadedModel;
-use crate::text::{ChatTemplate, TemplateRequest, llama3_cartridge_prompt};
+use crate::text::{ChatTemplate, llama3_cartridge_prompt};
 use crate::{limits, model};
 
 /// Inspect, convert, list and make cartridges
@@ -244,20 +244,6 @@ fn wrong_extension(path: &Path) -> CliError {
     CliError::Usage(format!("{}: the output must end in .pt or .safetensors", path.display()))
 }
 
-fn render(
-    template: &ChatTemplate,
-    messages: &[Value],
-    add_generation_prompt: bool,
-) -> Result<String, CliError> {
-    Ok(template.render(&TemplateRequest {
-        messages,
-        tools: None,
-        add_generation_prompt,
-        continue_final_message: false,
-        kwargs: &Map::new(),
-    })?)
-}
-
 /// Why a request with the cartridge of `tokens`, the system message alone, would see something else than
 /// one with that system message. `None` if it sees the same.
 fn mismatch(
@@ -267,7 +253,7 @@ fn mismatch(
     tokens: &[u32],
 ) -> Result<Option<String>, CliError> {
     let user = json!({"role": "user", "content": "Hello"});
-    let whole = render(template, &[system.clone(), user.clone()], true)?;
+    let whole = template.render_chat(&[system.clone(), user.clone()], true)?;
     let whole = model.tokenizer.encode(&whole, false)?;
     let Some(wanted) = whole.strip_prefix(tokens) else {
         return Ok(Some(
@@ -279,7 +265,7 @@ fn mismatch(
     // What the server sends beside a cartridge.
     let request = match model.is_llama3 {
         true => llama3_cartridge_prompt(&[user], true, false)?,
-        false => render(template, &[user], true)?,
+        false => template.render_chat(&[user], true)?,
     };
     let request = model.tokenizer.encode(&request, false)?;
     if request == wanted {
@@ -314,8 +300,9 @@ fn prefill(
         return Err(CliError::Usage(format!("model {} has no chat template", loaded.name)));
     };
     let system = json!({"role": "system", "content": text.trim_end()});
-    let tokens =
-        loaded.tokenizer.encode(&render(template, std::slice::from_ref(&system), false)?, false)?;
+    let tokens = loaded
+        .tokenizer
+        .encode(&template.render_chat(std::slice::from_ref(&system), false)?, false)?;
     if let Some(reason) = mismatch(&loaded, template, &system, &tokens)? {
         let message = format!(
             "requests with this cartridge would not be answered as with the document in their system \

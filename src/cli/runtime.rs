@@ -6,14 +6,14 @@ use std::sync::Arc;
 use candle_core::{DType, Device};
 use clap::Args;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::CliError;
 use crate::api::ServedModel;
 use crate::cartridge::{Registry, RegistryOptions, read_cartridge_bytes};
 use crate::engine::{EngineHandle, EngineOptions};
 use crate::model::{Decoder, LoadOptions, ModelSource};
-use crate::text::{TemplateRequest, llama3_cartridge_prompt};
+use crate::text::llama3_cartridge_prompt;
 use crate::{demo, engine, limits, model};
 
 /// Options of the model and the engine.
@@ -192,13 +192,7 @@ impl Runtime {
             let name = &self.model.name;
             return Err(CliError::Usage(format!("model {name} has no chat template")));
         };
-        Ok(template.render(&TemplateRequest {
-            messages,
-            tools: None,
-            add_generation_prompt,
-            continue_final_message: false,
-            kwargs: &Map::new(),
-        })?)
+        Ok(template.render_chat(messages, add_generation_prompt)?)
     }
 }
 

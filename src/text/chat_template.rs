@@ -117,6 +117,21 @@ impl ChatTemplate {
         self.templates.iter().find(|(n, _)| n == name).map(|(_, template)| template)
     }
 
+    /// Renders `messages` without tools or further arguments.
+    pub fn render_chat(
+        &self,
+        messages: &[Value],
+        add_generation_prompt: bool,
+    ) -> Result<String, TextError> {
+        self.render(&TemplateRequest {
+            messages,
+            tools: None,
+            add_generation_prompt,
+            continue_final_message: false,
+            kwargs: &Map::new(),
+        })
+    }
+
     /// Renders the prompt with one of the model's own templates.
     ///
     /// # Errors

@@ -27,6 +27,9 @@ use crate::cartridge::{
 /// Where [`Saved`] stands in the header of a state file.
 const SAVED: &str = "saved";
 
+/// Where the packs' file says what they were made of.
+const SOURCE: &str = "source";
+
 #[derive(Serialize, Deserialize)]
 struct Saved {
     position: Position,
@@ -57,7 +60,8 @@ impl RunDir {
         self.packs_path().exists()
     }
 
-    pub fn write_packs(&self, packs: &[Pack]) -> Result<(), TrainError> {
+    /// `source` stands for everything they were made of; [`Self::check_source`] compares it.
+    pub fn write_packs(&self, packs: &[Pack], source: &str) -> Result<(), TrainError> {
         let joined = |f: &dyn Fn(&Pack) -> &[u32]| -> Vec<u32> {
             packs.iter().flat_map(|pack| f(pack).iter().copied()).collect()
         };
@@ -79,7 +83,25 @@ impl RunDir {
             .map(|(name, values)| ((*name).to_owned(), Dtype::U32, bytemuck::cast_slice(values)))
             .collect();
         tensors.push(("probs".to_owned(), Dtype::F32, bytemuck::cast_slice(&probs)));
-        self.write(&self.packs_path(), tensors, None)
+        let facts = HashMap::from([(SOURCE.to_owned(), source.to_owned())]);
+        self.write(&self.packs_path(), tensors, facts)
+    }
+
+    /// # Errors
+    /// [`TrainError::Resume`] when the packs that lie here were made of something else.
+    pub fn check_source(&self, source: &str) -> Result<(), TrainError> {
+        let path = self.packs_path();
+        let bytes = std::fs::read(&path).map_err(|e| io("read", &path, e))?;
+        let (_, header) =
+            SafeTensors::read_metadata(&bytes).map_err(|e| resume(&path, &e.to_string()))?;
+        let made_of = header.metadata().as_ref().and_then(|facts| facts.get(SOURCE));
+        match made_of.is_some_and(|made_of| made_of == source) {
+            true => Ok(()),
+            false => Err(resume(
+                &path,
+                "it was made of another document, other conversations or other options of the data",
+            )),
+        }
     }
 
     pub fn read_packs(&self) -> Result<Vec<Pack>, TrainError> {
@@ -140,11 +162,12 @@ impl RunDir {
             })
         });
         // One entry: the order of several would differ from file to file.
-        let saved = Saved { position: trainer.position, fingerprint: trainer.fingerprint() };
+        let saved =
+            Saved { position: trainer.position, fingerprint: trainer.fingerprint().to_owned() };
         let saved =
             serde_json::to_string(&saved).map_err(|e| TrainError::Invalid(e.to_string()))?;
         let facts = HashMap::from([(SAVED.to_owned(), saved)]);
-        self.write(&self.state_path(step), tensors.collect(), Some(facts))?;
+        self.write(&self.state_path(step), tensors.collect(), facts)?;
         self.link_last(&name)?;
         self.forget_old()?;
         Ok(path)
@@ -239,7 +262,7 @@ impl RunDir {
         &self,
         path: &Path,
         tensors: Vec<(String, Dtype, &[u8])>,
-        facts: Option<HashMap<String, String>>,
+        facts: HashMap<String, String>,
     ) -> Result<(), TrainError> {
         let invalid = |e: safetensors::SafeTensorError| TrainError::Invalid(e.to_string());
         let views = tensors
@@ -250,7 +273,7 @@ impl RunDir {
             })
             .collect::<Result<Vec<_>, _>>()
             .map_err(invalid)?;
-        let bytes = serialize(views, facts).map_err(invalid)?;
+        let bytes = serialize(views, Some(facts)).map_err(invalid)?;
         let failed = |e| CartridgeError::io("write the file", &e);
         Ok(write_atomically(path, |file| file.write_all(&bytes).map_err(failed))?)
     }

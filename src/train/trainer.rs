@@ -61,6 +61,7 @@ pub struct Trainer {
     packs: Vec<Pack>,
     /// Digest of the frozen weights when training began.
     weights: String,
+    fingerprint: String,
     pub(super) parameters: Parameters,
     pub(super) adam: Adam,
     pub(super) position: Position,
@@ -86,11 +87,27 @@ impl Trainer {
             let reason = "there is nothing to learn: no row has targets, or global_batch_size is 0";
             return Err(TrainError::Invalid(reason.to_owned()));
         }
+        if options.schedule.max_steps == 0 {
+            let reason = "not a single update: epochs times packs are fewer than global_batch_size, or \
+                          max_optimizer_steps is 0";
+            return Err(TrainError::Invalid(reason.to_owned()));
+        }
         let weights = decoder.weights_digest()?;
+        let fingerprint = fingerprint(&options, &parameters, &packs, &weights);
         let order = (0, epoch_order(options.seed, 0, packs.len()));
         let adam = Adam::new(options.adam, &parameters);
         let position = Position::default();
-        Ok(Self { decoder, options, packs, weights, parameters, adam, position, order })
+        Ok(Self {
+            decoder,
+            options,
+            packs,
+            weights,
+            fingerprint,
+            parameters,
+            adam,
+            position,
+            order,
+        })
     }
 
     pub fn parameters(&self) -> &Parameters {
@@ -167,18 +184,13 @@ impl Trainer {
         Ok(StepReport { position, epoch, loss, kl, lr, grad_norm, input_tokens, target_tokens })
     }
 
-    /// What this run is known by: resuming with anything else would not be the same run.
-    pub(super) fn fingerprint(&self) -> String {
-        let mut digest = Sha256::new();
-        let mut options = self.options.clone();
-        if options.schedule.decay == Decay::Constant {
-            // Nothing so far depended on where the run ends: it may be made longer.
-            (options.schedule.max_steps, options.schedule.alpha_f) = (0, 0.0);
-        }
-        let facts = (self.parameters.shape(), self.parameters.tokens(), self.parameters.frozen());
-        digest.update(format!("{options:?} {facts:?} {}", self.weights));
-        digest_of(&self.packs, &mut digest);
-        digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    pub(super) fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// Updates in all.
+    pub fn max_steps(&self) -> u64 {
+        self.options.schedule.max_steps
     }
 
     /// Which pack is the `count`-th of the run.
@@ -190,6 +202,25 @@ impl Trainer {
         }
         self.order.1[(count % packs) as usize]
     }
+}
+
+/// What a run is known by: resuming with anything else would not be the same run.
+fn fingerprint(
+    options: &TrainerOptions,
+    parameters: &Parameters,
+    packs: &[Pack],
+    weights: &str,
+) -> String {
+    let mut digest = Sha256::new();
+    let mut options = options.clone();
+    if options.schedule.decay == Decay::Constant {
+        // Nothing so far depended on where the run ends: it may be made longer.
+        (options.schedule.max_steps, options.schedule.alpha_f) = (0, 0.0);
+    }
+    let facts = (parameters.shape(), parameters.tokens(), parameters.frozen());
+    digest.update(format!("{options:?} {facts:?} {weights}"));
+    digest_of(packs, &mut digest);
+    digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// `sum += share · gradient`.

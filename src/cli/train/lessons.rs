@@ -6,6 +6,7 @@ use std::path::Path;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use super::options::{TargetsArg, TrainFlags, usage};
 use crate::cli::CliError;
@@ -90,6 +91,25 @@ pub fn packs(
         );
     }
     Ok((0..plan.len()).filter_map(|index| plan.pack(index, &elements)).collect())
+}
+
+/// Digest of all that decides what the packs of a run are: a run goes on only with the same.
+pub fn source(document: &Document, flags: &TrainFlags) -> Result<String, CliError> {
+    let mut digest = Sha256::new();
+    let from = flags.conversations.as_deref().unwrap_or_default();
+    let conversations = match from.strip_prefix("demo:") {
+        Some(name) => demo_document(name)?.training_questions.as_bytes().to_vec(),
+        None => std::fs::read(from).map_err(|source| CliError::Io { path: from.into(), source })?,
+    };
+    for part in [document.text.as_bytes(), &conversations] {
+        digest.update((part.len() as u64).to_le_bytes());
+        digest.update(part);
+    }
+    let f = flags;
+    let of_data = (f.targets, f.limit, f.top_logprobs, f.answer_tokens, f.packed_seq_length);
+    let more = (f.min_prob_mass, f.answer_temperature, f.packing_mode, f.seed());
+    digest.update(format!("{of_data:?} {more:?}"));
+    Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// What the teacher is to answer or score for a row without log-probabilities.

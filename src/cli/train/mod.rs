@@ -82,11 +82,15 @@ fn trainer(
     flags: &TrainFlags,
     run_dir: &RunDir,
 ) -> Result<Trainer, CliError> {
+    let source = lessons::source(document, flags)?;
     let packs = match run_dir.has_packs() {
-        true => run_dir.read_packs()?,
+        true => {
+            run_dir.check_source(&source)?;
+            run_dir.read_packs()?
+        }
         false => {
             let packs = lessons::packs(runtime, document, flags)?;
-            run_dir.write_packs(&packs)?;
+            run_dir.write_packs(&packs, &source)?;
             packs
         }
     };
@@ -143,8 +147,7 @@ fn learn(
         SaveDtype::Bf16 => DType::BF16,
     };
     let facts = facts(runtime, document);
-    let steps = flags.trainer(trainer.packs().len())?.schedule.max_steps;
-    let mut report = Report::open(run_dir.path(), trainer.position().step, steps)?;
+    let mut report = Report::open(run_dir.path(), trainer.position().step, trainer.max_steps())?;
     let max_tokens = flags.answer_tokens.unwrap_or(256);
     let evaluation = flags.questions.as_deref();
     let evaluation =

@@ -140,7 +140,7 @@ impl TrainFlags {
             at_least_1("global_batch_size", self.global_batch_size.unwrap_or(1))?;
         let epochs = self.epochs.unwrap_or(5);
         let by_epochs = epochs.saturating_mul(packs as u64) / global_batch_size as u64;
-        let max_steps = self.max_optimizer_steps.unwrap_or(by_epochs).min(by_epochs.max(1));
+        let max_steps = self.max_optimizer_steps.unwrap_or(by_epochs).min(by_epochs);
         let adam = AdamOptions::default();
         Ok(TrainerOptions {
             schedule: Schedule {

@@ -110,7 +110,7 @@ impl Report {
             name: "loss".to_owned(),
             style: 0,
             dashed: false,
-            points: std::mem::take(&mut self.losses),
+            points: thinned(&self.losses),
         };
         let page = format!(
             "<!doctype html>\n<meta charset=\"utf-8\">\n<title>Loss</title>\n<style>\n{}</style>\n{}",
@@ -119,4 +119,14 @@ impl Report {
         );
         std::fs::write(&path, page).map_err(|source| CliError::Io { path, source })
     }
+}
+
+/// Means over equal stretches, so that a long run is no larger a page than a short one.
+fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    const MOST: usize = 200;
+    let mean = |some: &[(f64, f64)]| {
+        let sum = some.iter().fold((0.0, 0.0), |sum, point| (sum.0 + point.0, sum.1 + point.1));
+        (sum.0 / some.len() as f64, sum.1 / some.len() as f64)
+    };
+    points.chunks(points.len().div_ceil(MOST).max(1)).map(mean).collect()
 }
