@@ -1,0 +1,124 @@
+// Running a grid on the CPU, block after block. Kernels take their arguments as in cuLaunchKernel.
+#pragma once
+
+#include "block.hpp"
+#include <tuple>
+#include <utility>
+
+namespace simt {
+
+// What a test hands over; the same layout is declared in tests/kernels_support.
+struct Launch {
+    unsigned grid[3];
+    unsigned argument_count;
+    uint64_t seed;
+    void *const *arguments;
+    const uint32_t *argument_bytes;
+    char *error;
+    uint64_t error_bytes;
+};
+
+template <typename... A> struct Call {
+    void (*kernel)(A...);
+    std::tuple<A...> arguments;
+    static void run(void *self) {
+        Call &call = *static_cast<Call *>(self);
+        std::apply(call.kernel, call.arguments);
+    }
+};
+
+static void run_block(Block &own) {
+    memset(own.shared.pages, 0xff, own.shared.bytes);
+    memset(own.fixed.pages, 0xff, own.fixed.bytes);
+    own.statics.clear();
+    own.statics_used = 0;
+    own.live = own.threads;
+    own.at_barrier = 0;
+    own.ready.clear();
+    for (unsigned i = 0; i < own.threads; ++i) {
+        Fiber &fiber = own.fibers[i];
+        fiber.index = i;
+        fiber.done = false;
+        fiber.waits = {nullptr, "", 0};
+        fiber.copies.clear();
+        fiber.group = 0;
+        fiber.context.prepare(own.stacks[i].pages, own.stacks[i].bytes, fiber_entry);
+        own.ready.push_back(i);
+    }
+    for (Warp &warp : own.warps) warp.arrived = 0;
+    own.main.go(own.next());
+}
+
+// 0 if every block ran to its end; else 1, and the reason in `launch.error`.
+template <typename... A>
+int launch(void (*kernel)(A...), const char *name, unsigned threads, size_t shared_bytes, const Launch &launch) {
+    static thread_local Block *kept = nullptr;
+    if (!kept) kept = new Block;
+    Block &own = *kept;
+    own.name = name;
+    own.error = launch.error;
+    own.error_bytes = launch.error_bytes;
+    own.failed = false;
+    own.current = nullptr;
+    own.index = {0, 0, 0};
+    constexpr uint32_t sizes[] = {static_cast<uint32_t>(sizeof(A))...};
+    if (launch.argument_count != sizeof...(A)) {
+        own.describe("takes %zu arguments, not %u", sizeof...(A), launch.argument_count);
+        return 1;
+    }
+    for (unsigned i = 0; i < sizeof...(A); ++i) {
+        if (launch.argument_bytes[i] == sizes[i]) continue;
+        own.describe("argument %u has %u bytes, not %u", i, sizes[i], launch.argument_bytes[i]);
+        return 1;
+    }
+    if (threads == 0 || threads % WARP != 0 || threads > MAX_THREADS || shared_bytes > MAX_SHARED) {
+        own.describe("%u threads and %zu bytes of shared memory cannot be launched", threads, shared_bytes);
+        return 1;
+    }
+    own.grid = {launch.grid[0], launch.grid[1], launch.grid[2]};
+    if (own.grid.x == 0 || own.grid.y == 0 || own.grid.z == 0 || own.grid.y > 65535 || own.grid.z > 65535) {
+        own.describe("a grid of %u x %u x %u cannot be launched", own.grid.x, own.grid.y, own.grid.z);
+        return 1;
+    }
+    own.threads = threads;
+    own.shared_bytes = shared_bytes;
+    own.seed = launch.seed;
+    own.random = launch.seed * 0x9e3779b97f4a7c15u + 0x1234567;
+    own.fibers.resize(threads);
+    own.warps.resize(threads / WARP);
+    while (own.stacks.size() < threads) own.stacks.emplace_back(STACK_BYTES);
+    auto indices = std::index_sequence_for<A...>{};
+    auto call = [&]<size_t... I>(std::index_sequence<I...>) {
+        return Call<A...>{kernel, {*static_cast<std::remove_const_t<A> *>(launch.arguments[I])...}};
+    }(indices);
+    own.body = Call<A...>::run;
+    own.arguments = &call;
+
+    catch_faults();
+    static thread_local char *signal_stack = new char[64 << 10];
+    stack_t ours, before;
+    memset(&ours, 0, sizeof ours);
+    ours.ss_sp = signal_stack;
+    ours.ss_size = 64 << 10;
+    sigaltstack(&ours, &before);
+    block = &own;
+    if (sigsetjmp(own.escape, 1) == 0) {
+        own.running = true;
+        for (unsigned z = 0; z < own.grid.z && !own.failed; ++z)
+            for (unsigned y = 0; y < own.grid.y && !own.failed; ++y)
+                for (unsigned x = 0; x < own.grid.x && !own.failed; ++x) {
+                    own.index = {x, y, z};
+                    run_block(own);
+                }
+    } else if (own.signal == SIGFPE) {
+        own.describe("divides by zero");
+    } else {
+        own.describe("touches address %p, outside of every buffer", own.fault);
+    }
+    own.running = false;
+    block = nullptr;
+    sigaltstack(&before, nullptr);
+    return own.failed;
+}
+
+} // namespace simt

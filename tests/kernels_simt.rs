@@ -1,0 +1,165 @@
+//! The emulation that the kernels are proven on finds the mistakes it is there to find.
+
+mod kernels_support;
+
+use half::{bf16, f16};
+use kernels_support::{Arg, Buffer, Library, Side};
+
+const SEEDS: std::ops::Range<u64> = 0..8;
+
+fn library() -> Library {
+    Library::of("tests/kernels_simt/broken.cu")
+}
+
+/// Results of a kernel with one output, per seed.
+fn outputs(kernel: &str) -> Vec<Vec<i32>> {
+    SEEDS
+        .map(|seed| {
+            let out = Buffer::<i32>::poisoned(64, Side::Back);
+            library().launch(kernel, [1; 3], seed, args![&out]);
+            out.read()
+        })
+        .collect()
+}
+
+#[track_caller]
+fn refused(kernel: &str, args: &[Arg], why: &str) {
+    for seed in SEEDS {
+        let error = library().try_launch(kernel, [2, 1, 1], seed, args).unwrap_err();
+        assert!(error.contains(why), "{kernel}, seed {seed}: {error}");
+    }
+}
+
+#[test]
+fn a_missing_barrier_shows_in_the_results() {
+    let rotated: Vec<i32> = (0..64).map(|i| (i + 1) % 64).collect();
+    assert!(outputs("race_ok").iter().all(|out| *out == rotated));
+    assert!(outputs("race").iter().all(|out| *out != rotated));
+}
+
+#[test]
+fn shared_memory_written_again_too_early_shows_in_the_results() {
+    let sums: Vec<i32> = (0..64).map(|i| 100 + 2 * ((i + 33) % 64)).collect();
+    assert!(outputs("reused_ok").iter().all(|out| *out == sums));
+    assert!(outputs("reused").iter().any(|out| *out != sums));
+}
+
+#[test]
+fn barriers_that_not_all_threads_meet_are_refused() {
+    let out = Buffer::<i32>::poisoned(64, Side::Back);
+    for kernel in ["divergent_barrier", "two_barriers"] {
+        refused(kernel, args![&out], "__syncthreads");
+    }
+}
+
+#[test]
+fn collectives_without_all_lanes_are_refused() {
+    let out = Buffer::<f32>::poisoned(32, Side::Back);
+    refused("missing_lane", args![&out], "__shfl_xor_sync");
+    refused("different_collectives", args![&out], "while other lanes");
+    refused("half_mask", args![&out], "only whole warps");
+}
+
+#[test]
+fn reads_and_writes_outside_of_buffers_are_found() {
+    let values: Vec<f32> = (0..32).map(|i| i as f32).collect();
+    let launch = |input: Side, output_len: usize, output: Side, by: i32| {
+        let from = Buffer::of(&values, input);
+        let to = Buffer::<f32>::poisoned(output_len, output);
+        library().try_launch("shifted", [1; 3], 2, args![&from, &to, by]).map(|()| to)
+    };
+    assert_eq!(launch(Side::Back, 32, Side::Back, 0).unwrap().read(), values);
+    for (side, by) in [(Side::Back, 1), (Side::Front, -1)] {
+        let error = launch(side, 32, Side::Back, by).err().unwrap();
+        assert!(error.contains("outside of every buffer"), "{error}");
+    }
+    // On the side without a trap one reads poison ...
+    assert!(launch(Side::Front, 32, Side::Back, 1).unwrap().read()[31].is_nan());
+    // ... and a write is found when the buffer is read.
+    let written = launch(Side::Back, 31, Side::Front, 0).unwrap();
+    assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| written.read())).is_err());
+    assert!(launch(Side::Back, 28, Side::Back, 0).err().unwrap().contains("outside"));
+}
+
+#[test]
+fn shared_memory_is_bounded_and_poisoned() {
+    let out = Buffer::<i32>::poisoned(32, Side::Back);
+    refused("shared_overrun", args![&out], "outside of every buffer");
+    refused("shared_misregistered", args![&out], "registered with");
+    let out = Buffer::<f32>::poisoned(32, Side::Back);
+    library().launch("uninitialised", [1; 3], 0, args![&out]);
+    assert!(out.read().iter().all(|x| x.is_nan()));
+}
+
+#[test]
+fn asynchronous_copies_land_when_waited_for() {
+    let values: Vec<u32> = (0..128).collect();
+    let (from, to) = (Buffer::of(&values, Side::Back), Buffer::<u32>::poisoned(128, Side::Back));
+    library().launch("unwaited_copy_ok", [1; 3], 0, args![&from, &to]);
+    let copied = to.read();
+    assert_eq!((&copied[..124], &copied[124..]), (&values[..124], &[0; 4][..])); // the last is absent
+    library().launch("unwaited_copy", [1; 3], 0, args![&from, &to]);
+    assert_eq!(to.read(), [u32::MAX; 128]);
+}
+
+#[test]
+fn wrong_launches_are_refused() {
+    let out = Buffer::<i32>::poisoned(64, Side::Back);
+    let input = Buffer::of(&[0f32; 8], Side::Back);
+    refused("misaligned", args![&input, &out], "multiple of 16");
+    refused("race_ok", args![&out, 1i32], "takes 1 arguments, not 2");
+    refused("race_ok", args![1i32], "argument 0 has 8 bytes, not 4");
+    let error = library().try_launch("race_ok", [0, 1, 1], 0, args![&out]).unwrap_err();
+    assert!(error.contains("grid"), "{error}");
+}
+
+#[test]
+fn fragments_have_the_documented_layout() {
+    let number = |i: usize| bf16::from_f32(((i * 37) % 19) as f32 - 9.0);
+    let (a, b): (Vec<_>, Vec<_>) = ((0..256).map(number).collect(), (0..128).map(number).collect());
+    let mut want = vec![0f32; 128];
+    for (i, want) in want.iter_mut().enumerate() {
+        *want = (0..16).map(|k| a[i / 8 * 16 + k].to_f32() * b[k * 8 + i % 8].to_f32()).sum();
+    }
+    let (a, b) = (Buffer::of(&a, Side::Back), Buffer::of(&b, Side::Back));
+    for kernel in ["product", "product_ldmatrix"] {
+        for seed in SEEDS {
+            let out = Buffer::<f32>::poisoned(128, Side::Back);
+            library().launch(kernel, [1; 3], seed, args![&a, &b, &out]);
+            assert_eq!(out.read(), want, "{kernel}");
+        }
+    }
+}
+
+/// Every bit pattern there and back, and every rounding boundary, against the crate `half`.
+#[test]
+fn small_floats_round_to_nearest_even() {
+    let library = Library::of("tests/kernels_simt/numbers.cpp");
+    let symbol = |name| library.symbol(name);
+    // SAFETY: declared so in numbers.cpp.
+    let (to_bf16, to_f16, of_bf16, of_f16) = unsafe {
+        type Narrow = extern "C" fn(f32) -> u16;
+        type Widen = extern "C" fn(u16) -> f32;
+        (
+            std::mem::transmute::<_, Narrow>(symbol("to_bf16")),
+            std::mem::transmute::<_, Narrow>(symbol("to_f16")),
+            std::mem::transmute::<_, Widen>(symbol("of_bf16")),
+            std::mem::transmute::<_, Widen>(symbol("of_f16")),
+        )
+    };
+    let same = |a: f32, b: f32| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+    for bits in 0..=u16::MAX {
+        assert!(same(of_bf16(bits), bf16::from_bits(bits).to_f32()), "bf16 {bits:x}");
+        assert!(same(of_f16(bits), f16::from_bits(bits).to_f32()), "f16 {bits:x}");
+        for near in [of_bf16(bits), of_f16(bits)] {
+            let half_way = [1u32 << 12, 1 << 15].map(|bit| f32::from_bits(near.to_bits() ^ bit));
+            for x in
+                [near, half_way[0], half_way[1], half_way[0].next_up(), half_way[1].next_down()]
+            {
+                let (b, h) = (bf16::from_bits(to_bf16(x)), f16::from_bits(to_f16(x)));
+                assert!(same(b.to_f32(), bf16::from_f32(x).to_f32()), "bf16 of {x:e}");
+                assert!(same(h.to_f32(), f16::from_f32(x).to_f32()), "f16 of {x:e}");
+            }
+        }
+    }
+}
