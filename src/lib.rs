@@ -15,6 +15,7 @@
 //! | [`model`] | one decoder for the Llama family and Qwen | `ops`, `text`, shapes and KV of `cartridge` |
 //! | [`cartridge`] | the artifact, its file formats, the registry | candle only |
 //! | [`text`] | tokenizer, chat template, detokenizer, stop strings | nothing of ours |
+//! | [`gpu`] | which CUDA kernels run, with which arguments | block size of `engine` |
 //! | [`ops`] | building blocks with their backward passes | candle only |
 //!
 //! `docs/architecture.md` holds the invariants and where each one is enforced.
@@ -25,6 +26,7 @@ pub mod cartridge;
 pub mod cli;
 pub mod demo;
 pub mod engine;
+pub mod gpu;
 pub mod limits;
 pub mod model;
 pub mod ops;

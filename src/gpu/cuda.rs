@@ -1,0 +1,154 @@
+//! The kernels on a GPU, through candle's own context and stream: everything is ordered by that stream.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::cuda::WrapErr;
+use candle_core::cuda::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MAX_SHARED;
+use candle_core::cuda::cudarc::driver::{
+    CudaFunction, CudaModule, DevicePtr, LaunchConfig, PushKernelArg,
+};
+use candle_core::cuda::cudarc::nvrtc::Ptx;
+use candle_core::cuda::{CudaStorageSlice, DeviceId};
+use candle_core::{CudaDevice, Result, Storage, Tensor};
+
+use super::launch::{Arg, Launch};
+
+/// A source of `kernels/`, compiled.
+struct Module {
+    name: &'static str,
+    /// For any GPU since Ampere.
+    ptx: &'static str,
+    /// Machine code for compute capability 9.0.
+    hopper: &'static [u8],
+}
+
+include!(concat!(env!("OUT_DIR"), "/modules.rs"));
+
+/// The kernels, loaded on one device.
+pub struct CudaKernels {
+    device: CudaDevice,
+    modules: Vec<Arc<CudaModule>>,
+    functions: Mutex<HashMap<String, Arc<Kernel>>>,
+}
+
+struct Kernel {
+    function: CudaFunction,
+    threads: u32,
+    shared_bytes: u32,
+}
+
+impl CudaKernels {
+    /// The kernels of a device, loaded on first use.
+    pub fn of(device: &CudaDevice) -> Result<Arc<Self>> {
+        static LOADED: Mutex<Vec<(DeviceId, Arc<CudaKernels>)>> = Mutex::new(Vec::new());
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, kernels)) = loaded.iter().find(|(id, _)| *id == device.id()) {
+            return Ok(Arc::clone(kernels));
+        }
+        let kernels = Arc::new(Self::load(device)?);
+        loaded.push((device.id(), Arc::clone(&kernels)));
+        Ok(kernels)
+    }
+
+    fn load(device: &CudaDevice) -> Result<Self> {
+        let stream = device.cuda_stream();
+        let context = stream.context();
+        let (major, minor) = context.compute_capability().w()?;
+        if major < 8 {
+            candle_core::bail!(
+                "this GPU has compute capability {major}.{minor}; the kernels need 8.0 (Ampere) or later"
+            );
+        }
+        let load = |module: &Module| {
+            let code = match major {
+                9 => Ptx::from_binary(module.hopper.to_vec()),
+                _ => Ptx::from_src(module.ptx),
+            };
+            let loaded = context.load_module(code).w();
+            loaded.map_err(|error| error.context(format!("kernels/{}.cu", module.name)))
+        };
+        let modules = MODULES.iter().map(load).collect::<Result<_>>()?;
+        Ok(Self { device: device.clone(), modules, functions: Mutex::default() })
+    }
+
+    fn kernel(&self, name: &str) -> Result<Arc<Kernel>> {
+        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kernel) = functions.get(name) {
+            return Ok(Arc::clone(kernel));
+        }
+        let found =
+            self.modules.iter().find_map(|module| Some((module, module.load_function(name).ok()?)));
+        let Some((module, function)) = found else {
+            candle_core::bail!("there is no kernel {name}: no form for this type or head size");
+        };
+        // KERNEL in `kernels/simt.cuh` writes threads and shared bytes beside every kernel.
+        let stream = self.device.cuda_stream();
+        let shape = module.get_global(&format!("{name}_shape"), &stream).w()?;
+        let shape: Vec<u8> = stream.clone_dtoh(&shape).w()?;
+        let number = |at: usize| {
+            shape.get(at..at + 4).and_then(|b| Some(u32::from_ne_bytes(b.try_into().ok()?)))
+        };
+        let (Some(threads), Some(shared_bytes)) = (number(0), number(4)) else {
+            candle_core::bail!("kernel {name} has a shape of {} bytes", shape.len());
+        };
+        function.set_attribute(MAX_SHARED, shared_bytes as i32).w()?;
+        let kernel = Arc::new(Kernel { function, threads, shared_bytes });
+        functions.insert(name.to_owned(), Arc::clone(&kernel));
+        Ok(kernel)
+    }
+}
+
+impl Launch for CudaKernels {
+    unsafe fn launch(&self, name: &str, grid: [usize; 3], args: &[Arg]) -> Result<()> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let kernel = self.kernel(name)?;
+        let stream = self.device.cuda_stream();
+        let mut builder = stream.launch_builder(&kernel.function);
+        for arg in args {
+            // The driver reads as many bytes as the kernel's declaration says.
+            builder.arg(arg.bits());
+        }
+        let [x, y, z] = grid.map(|blocks| u32::try_from(blocks).unwrap_or(u32::MAX));
+        let config = LaunchConfig {
+            grid_dim: (x, y, z),
+            block_dim: (kernel.threads, 1, 1),
+            shared_mem_bytes: kernel.shared_bytes,
+        };
+        // SAFETY: the caller's promise.
+        let launched = unsafe { builder.launch(config) }.w();
+        launched.map(|_| ()).map_err(|error| error.context(format!("kernel {name}, grid {grid:?}")))
+    }
+}
+
+/// Where a contiguous tensor lies on its GPU. It must stay alive until what uses the address is launched;
+/// memory is freed in the order of the stream.
+pub fn address(tensor: &Tensor) -> Result<u64> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else {
+        candle_core::bail!("a tensor on the GPU is needed, this one is on {:?}", tensor.device());
+    };
+    storage_address(storage, layout)
+}
+
+/// The same for a storage and its layout.
+pub fn storage_address(
+    storage: &candle_core::CudaStorage,
+    layout: &candle_core::Layout,
+) -> Result<u64> {
+    let Some((start, _)) = layout.contiguous_offsets() else {
+        candle_core::bail!("a kernel needs a contiguous tensor, got {layout:?}");
+    };
+    let stream = storage.device.cuda_stream();
+    let (base, size) = match &storage.slice {
+        CudaStorageSlice::BF16(slice) => (slice.device_ptr(&stream).0, 2),
+        CudaStorageSlice::F16(slice) => (slice.device_ptr(&stream).0, 2),
+        CudaStorageSlice::F32(slice) => (slice.device_ptr(&stream).0, 4),
+        CudaStorageSlice::U32(slice) => (slice.device_ptr(&stream).0, 4),
+        CudaStorageSlice::I32(slice) => (slice.device_ptr(&stream).0, 4),
+        _ => candle_core::bail!("a kernel takes bf16, f16, f32, u32 or i32"),
+    };
+    Ok(base + (start * size) as u64)
+}
