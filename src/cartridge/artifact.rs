@@ -189,10 +189,14 @@ impl Cartridge {
         Ok(Self { layers, dtype, provenance: self.provenance.clone(), ..*self })
     }
 
-    /// The same numbers, with the keys of each head transposed in memory: attention on the CPU reads the
-    /// keys of neighbouring tokens together. Shapes stay as they are; only strides change.
+    /// The same numbers as attention on their device reads them. On the CPU that is with the keys of each
+    /// head transposed in memory, so that those of neighbouring tokens lie together; on a GPU as they are
+    /// stored. Shapes stay the same; only strides change.
     pub fn for_attention(&self) -> Result<Self, CartridgeError> {
-        let transposed = |keys: &Tensor| keys.transpose(1, 2)?.contiguous()?.transpose(1, 2);
+        let transposed = |keys: &Tensor| match keys.device() {
+            Device::Cpu => keys.transpose(1, 2)?.contiguous()?.transpose(1, 2),
+            _ => keys.contiguous(),
+        };
         let layers = self
             .layers
             .iter()
@@ -204,8 +208,11 @@ impl Cartridge {
 
     /// Whether [`Self::for_attention`] was applied.
     pub fn is_for_attention(&self) -> bool {
-        let is_transposed = |keys: &Tensor| keys.transpose(1, 2).is_ok_and(|k| k.is_contiguous());
-        self.layers.iter().all(|layer| is_transposed(&layer.keys))
+        let is_laid_out = |keys: &Tensor| match keys.device() {
+            Device::Cpu => keys.transpose(1, 2).is_ok_and(|k| k.is_contiguous()),
+            _ => keys.is_contiguous(),
+        };
+        self.layers.iter().all(|layer| is_laid_out(&layer.keys))
     }
 
     /// The digest of the tensors as they are now; differs from [`Self::generation`] after a change

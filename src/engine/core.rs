@@ -12,14 +12,14 @@ use candle_core::{D, Tensor};
 use super::blocks::{BLOCK_TOKENS, BlockPool};
 use super::draw::{Draw, draw_all};
 use super::handle::{Shared, Submission};
-use super::kv_cache::{BatchEntry, KvCache, PagedAttention};
+use super::kv_cache::{BatchEntry, KvCache};
 use super::prefix_cache::{ContextKey, Root};
 use super::scheduler::{Arrival, Memory, Plan, Scheduler, SchedulerLimits, SequenceId};
 use super::sequence::{ActiveRequest, Sequence};
 use super::startup::EngineOptions;
 use super::{EngineError, Event, SampledToken};
 use crate::model::Decoder;
-use crate::ops::with_f32;
+use crate::ops::{on_host, with_f32};
 
 /// Rows of logits `[rows, vocab]` held at once while scoring a prompt.
 const PROMPT_LOGIT_ROWS: usize = 32;
@@ -275,9 +275,9 @@ impl Core {
                 rows: work.tokens,
             });
         }
-        let mut attention =
-            PagedAttention { cache: &mut self.cache, batch: &batch, group_min: self.group_min };
-        let hidden = self.decoder.forward(&tokens, &positions, &mut attention)?;
+        let mut attention = self.cache.attention(&batch, self.group_min);
+        let hidden = self.decoder.forward(&tokens, &positions, &mut *attention)?;
+        drop(attention);
         drop(batch);
         #[cfg(test)]
         if let Some(fault) = &mut self.fault {
@@ -318,7 +318,7 @@ impl Core {
             return Ok(());
         }
         let rows = hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)?;
-        let logits = self.decoder.logits(&rows)?;
+        let logits = on_host(&self.decoder.logits(&rows)?)?;
         let vocab = logits.dim(D::Minus1)?;
         let tokens = with_f32(&logits, |logits| Ok(draw_all(&mut draws, logits, vocab)))?;
         for ((id, draw), token) in draws.into_iter().zip(tokens) {
@@ -390,7 +390,7 @@ fn score_prompt(
     let rows = hidden.dim(0)?;
     for start in (0..rows).step_by(PROMPT_LOGIT_ROWS) {
         let len = PROMPT_LOGIT_ROWS.min(rows - start);
-        let logits = decoder.logits(&hidden.narrow(0, start, len)?)?;
+        let logits = on_host(&decoder.logits(&hidden.narrow(0, start, len)?)?)?;
         for (i, logits) in logits.to_vec2::<f32>()?.iter().enumerate() {
             let predicted = sequence.computed + start + i + 1;
             if let Err(error) = sequence.add_prompt_logprobs(predicted, logits) {
@@ -403,5 +403,5 @@ fn score_prompt(
 
 /// Whether the last token of a part of a prompt, and so all it attended to, came out finite.
 fn is_finite(row: &Tensor) -> candle_core::Result<bool> {
-    Ok(row.flatten_all()?.to_vec1::<f32>()?.iter().all(|value| value.is_finite()))
+    Ok(on_host(row)?.flatten_all()?.to_vec1::<f32>()?.iter().all(|value| value.is_finite()))
 }

@@ -65,7 +65,7 @@ pub(super) fn start_with(
 ) -> Result<(EngineHandle, JoinHandle<()>), EngineError> {
     let config = decoder.config();
     let shape = config.kv_shape();
-    let block_bytes = KvCache::block_bytes(shape);
+    let block_bytes = KvCache::block_bytes(shape, decoder.dtype());
     // More blocks than all running sequences can fill are useful to the prefix cache only.
     let running = options.max_running_sequences.saturating_mul(blocks_for(config.max_positions));
     let useful = if options.prefix_cache { u32::MAX as usize } else { running };
@@ -98,11 +98,12 @@ pub(super) fn start_with(
         max_running: options.max_running_sequences,
         prefill_tokens: options.prefill_tokens_per_step,
     };
+    let cache = KvCache::new(shape, blocks, decoder.device(), decoder.dtype())
+        .map_err(|e| EngineError::Internal(format!("no memory for the KV cache: {e}")))?;
     let thread = {
         let (shared, options) = (Arc::clone(&shared), options.clone());
         std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
             let _pool = join_own_pool();
-            let cache = KvCache::new(shape, blocks);
             let mut core = Core::new(decoder, cache, blocks, limits, &options, receiver, shared);
             prepare(&mut core);
             core.run();

@@ -7,7 +7,6 @@
 use candle_core::{DType, Result};
 
 use super::launch::{Arg, Launch};
-use crate::engine::BLOCK_TOKENS;
 
 /// Keys of a part. Short enough that one sequence with a long text occupies many processors, long enough
 /// that merging (`2 * 4` bytes per query value and part) stays below a fiftieth of reading the keys.
@@ -57,7 +56,7 @@ pub struct LayerAddresses<'a> {
     pub indices: u64,
     /// Queries `[rows, heads, head_dim]`.
     pub q: u64,
-    /// The layer's cache: keys and values `[blocks, kv_heads, BLOCK_TOKENS, head_dim]`.
+    /// The layer's cache: keys and values `[blocks, kv_heads, 16, head_dim]`.
     pub keys: u64,
     pub values: u64,
     pub cartridges: &'a [CartridgeLayer],

@@ -50,6 +50,11 @@ impl Decoder {
         self.final_norm.device()
     }
 
+    /// Type of hidden states, keys and values.
+    pub fn dtype(&self) -> candle_core::DType {
+        self.final_norm.dtype()
+    }
+
     /// Hidden states `[tokens, hidden]` of packed tokens, before the final norm.
     ///
     /// `positions[i]` is the rotary position of `tokens[i]`. Which token sees which is `attend`'s affair.

@@ -26,8 +26,7 @@ use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
 
 /// Calls `f` with the numbers of a tensor, as f32.
 pub(crate) fn visit_bytes(tensor: &Tensor, f: &mut impl FnMut(&[u8])) -> Result<()> {
-    let tensor = tensor.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous()?;
-    with_f32(&tensor, |values| {
+    with_f32(&on_host(tensor)?, |values| {
         f(bytemuck::cast_slice(values));
         Ok(())
     })
@@ -58,6 +57,11 @@ pub(crate) fn f32_slice<'a>(storage: &'a Storage, tensor: &Tensor) -> Result<&'a
         Storage::Cpu(storage) => contiguous_f32("attention", storage, tensor.layout()),
         _ => candle_core::bail!("attention: this path runs on the CPU only"),
     }
+}
+
+/// The numbers of a tensor as f32 in host memory; the tensor itself if they are there already.
+pub(crate) fn on_host(tensor: &Tensor) -> Result<Tensor> {
+    tensor.to_dtype(DType::F32)?.to_device(&Device::Cpu)
 }
 
 /// Calls `f` with the elements of an f32 CPU tensor, copied only if they are not contiguous.

@@ -1,9 +1,10 @@
-//! Storage of the paged KV cache on the CPU, and attention over it.
+//! The KV cache on the CPU, in f32.
 
 use candle_core::{Result, Storage, Tensor};
 
-use super::blocks::{BLOCK_TOKENS, BlockTable};
-use crate::cartridge::{KvShape, LayerKv, Lease};
+use super::{BatchEntry, block_elements};
+use crate::cartridge::{KvShape, LayerKv};
+use crate::engine::blocks::{BLOCK_TOKENS, BlockTable};
 use crate::model::Attend;
 use crate::ops::attention::{Heads, KvRun, SequenceQueries, segment_attention};
 use crate::ops::{f32_slice, with_f32};
@@ -13,7 +14,7 @@ use crate::ops::{f32_slice, with_f32};
 /// `[blocks, kv_heads, BLOCK_TOKENS, head_dim]`.
 ///
 /// The memory is reserved zeroed and becomes resident block by block as it is written.
-pub struct KvCache {
+pub struct CpuKvCache {
     shape: KvShape,
     layers: Vec<LayerCache>,
 }
@@ -23,20 +24,11 @@ struct LayerCache {
     values: Vec<f32>,
 }
 
-impl KvCache {
+impl CpuKvCache {
     pub fn new(shape: KvShape, blocks: usize) -> Self {
-        let len = blocks * Self::block_elements(shape);
+        let len = blocks * block_elements(shape);
         let layer = || LayerCache { keys: vec![0.0; len], values: vec![0.0; len] };
         Self { shape, layers: (0..shape.layers).map(|_| layer()).collect() }
-    }
-
-    /// Bytes one block takes over all layers, keys and values.
-    pub fn block_bytes(shape: KvShape) -> u64 {
-        (2 * shape.layers * Self::block_elements(shape) * size_of::<f32>()) as u64
-    }
-
-    fn block_elements(shape: KvShape) -> usize {
-        shape.kv_heads * BLOCK_TOKENS * shape.head_dim
     }
 }
 
@@ -56,7 +48,7 @@ impl LayerCache {
 
     /// The first `tokens` tokens of a sequence, block by block.
     fn runs<'a>(&'a self, shape: KvShape, table: &BlockTable, tokens: usize) -> Vec<KvRun<'a>> {
-        let elements = KvCache::block_elements(shape);
+        let elements = block_elements(shape);
         let starts = (0..tokens).step_by(BLOCK_TOKENS);
         table
             .blocks()
@@ -96,23 +88,14 @@ fn cartridge_run<'a>(
     })
 }
 
-/// One sequence's part of a step: `rows` new tokens after `start` stored ones.
-pub struct BatchEntry<'a> {
-    pub table: &'a BlockTable,
-    pub cartridges: &'a [Lease],
-    pub start: usize,
-    pub rows: usize,
-}
-
-/// What serving attends to: a sequence's cartridges, then its own blocks.
-pub struct PagedAttention<'a> {
-    pub cache: &'a mut KvCache,
+/// Attention of a step over this cache.
+pub struct CpuAttention<'a> {
+    pub cache: &'a mut CpuKvCache,
     pub batch: &'a [BatchEntry<'a>],
-    /// Sequences that must share a cartridge for it to be read once for all of them.
     pub group_min: usize,
 }
 
-impl Attend for PagedAttention<'_> {
+impl Attend for CpuAttention<'_> {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let shape = self.cache.shape;
         let (_, heads, head_dim) = q.dims3()?;

@@ -1,0 +1,161 @@
+//! The KV cache on a GPU.
+
+use std::sync::Arc;
+
+use candle_core::{CudaDevice, DType, Device, Result, Tensor};
+
+use super::{BLOCK_TOKENS, BatchEntry};
+use crate::cartridge::{KvShape, Lease};
+use crate::gpu::{
+    Arg, CartridgeLayer, CudaKernels, Launch, LayerAddresses, QuerySequence, StepAttention,
+    StepHeads, address,
+};
+use crate::model::Attend;
+
+/// Per layer keys and values, each `[blocks, kv_heads, BLOCK_TOKENS, head_dim]`.
+pub struct CudaKvCache {
+    shape: KvShape,
+    dtype: DType,
+    device: Device,
+    kernels: Arc<CudaKernels>,
+    layers: Vec<(Tensor, Tensor)>,
+}
+
+impl CudaKvCache {
+    pub fn new(shape: KvShape, blocks: usize, device: &CudaDevice, dtype: DType) -> Result<Self> {
+        let kernels = CudaKernels::of(device)?;
+        let device = Device::Cuda(device.clone());
+        let dims = (blocks, shape.kv_heads, BLOCK_TOKENS, shape.head_dim);
+        let zeros = || Tensor::zeros(dims, dtype, &device);
+        let layers = (0..shape.layers).map(|_| Ok((zeros()?, zeros()?))).collect::<Result<_>>()?;
+        Ok(Self { shape, dtype, device, kernels, layers })
+    }
+
+    pub fn attention<'a>(&'a mut self, batch: &'a [BatchEntry<'a>]) -> CudaAttention<'a> {
+        CudaAttention { cache: self, batch, step: None }
+    }
+}
+
+/// Attention of a step over this cache.
+pub struct CudaAttention<'a> {
+    cache: &'a mut CudaKvCache,
+    batch: &'a [BatchEntry<'a>],
+    /// Made with the first layer, which says how many heads the queries have.
+    step: Option<Step<'a>>,
+}
+
+/// What all layers of a step have in common.
+struct Step<'a> {
+    plan: StepAttention,
+    /// The cartridges, in the plan's order.
+    leases: Vec<&'a Lease>,
+    indices: Tensor,
+    /// The place of every new token in the cache: `block * BLOCK_TOKENS + slot`.
+    places: Tensor,
+    parts: Tensor,
+    lse: Tensor,
+}
+
+impl<'a> CudaAttention<'a> {
+    fn plan(&self, heads: usize) -> Result<Step<'a>> {
+        let KvShape { kv_heads, head_dim, .. } = self.cache.shape;
+        // A cartridge is known by its layers: leases of one generation share them.
+        let mut leases: Vec<&Lease> = Vec::new();
+        let mut index = |lease: &'a Lease| {
+            let same = |known: &&Lease| std::ptr::eq(known.layers(), lease.layers());
+            let index = leases.iter().position(same).unwrap_or_else(|| {
+                leases.push(lease);
+                leases.len() - 1
+            });
+            (index, lease.tokens())
+        };
+        let cartridges: Vec<Vec<(usize, usize)>> = self
+            .batch
+            .iter()
+            .map(|entry| entry.cartridges.iter().map(&mut index).collect())
+            .collect();
+        let sequences: Vec<QuerySequence<'_>> = self
+            .batch
+            .iter()
+            .zip(&cartridges)
+            .map(|(entry, cartridges)| QuerySequence {
+                blocks: entry.table.blocks(),
+                start: entry.start,
+                rows: entry.rows,
+                cartridges,
+            })
+            .collect();
+        let plan = StepAttention::new(StepHeads { heads, kv_heads, head_dim }, &sequences);
+        let places = self.batch.iter().flat_map(|entry| {
+            (entry.start..entry.start + entry.rows).map(|at| {
+                entry.table.blocks()[at / BLOCK_TOKENS] * BLOCK_TOKENS as u32
+                    + (at % BLOCK_TOKENS) as u32
+            })
+        });
+        let device = &self.cache.device;
+        let places = Tensor::from_iter(places, device)?;
+        let indices = Tensor::from_iter(plan.indices().iter().copied(), device)?;
+        // SAFETY: the kernels write all of it before the merge reads it.
+        let parts = unsafe { Tensor::empty((plan.slots(), heads, head_dim), DType::F32, device)? };
+        // SAFETY: as above.
+        let lse = unsafe { Tensor::empty((plan.slots(), heads), DType::F32, device)? };
+        Ok(Step { plan, leases, indices, places, parts, lse })
+    }
+}
+
+impl Attend for CudaAttention<'_> {
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (rows, heads, head_dim) = q.dims3()?;
+        let step = match self.step.take() {
+            Some(step) => step,
+            None => self.plan(heads)?,
+        };
+        let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
+        let (keys, values) = &self.cache.layers[layer];
+        let (keys, values) = (address(keys)?, address(values)?);
+        let KvShape { kv_heads, .. } = self.cache.shape;
+        let write = [
+            Arg::from(address(&k)?),
+            address(&v)?.into(),
+            address(&step.places)?.into(),
+            keys.into(),
+            values.into(),
+            (rows as i32).into(),
+            (kv_heads as i32).into(),
+            (head_dim as i32).into(),
+        ];
+        let kernels = &*self.cache.kernels;
+        let dtype = self.cache.dtype;
+        // SAFETY: the kernel's arguments; every place is inside of a block of the cache.
+        unsafe {
+            kernels.launch(&format!("kv_write_{}", dtype.as_str()), [rows, 1, 1], &write)?;
+        }
+        let cartridges = step.leases.iter().map(|lease| {
+            let kv = &lease.layers()[layer];
+            Ok(CartridgeLayer {
+                keys: address(&kv.keys)?,
+                values: address(&kv.values)?,
+                bias: kv.bias.as_ref().map_or(Ok(0), address)?,
+            })
+        });
+        let cartridges = cartridges.collect::<Result<Vec<_>>>()?;
+        // SAFETY: the merge writes every row of it.
+        let out = unsafe { Tensor::empty((rows, heads, head_dim), dtype, &self.cache.device)? };
+        let at = LayerAddresses {
+            indices: address(&step.indices)?,
+            q: address(&q)?,
+            keys,
+            values,
+            cartridges: &cartridges,
+            parts: address(&step.parts)?,
+            lse: address(&step.lse)?,
+            out: address(&out)?,
+        };
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        // SAFETY: the tensors above and those of the leases have these shapes and live until the end of the
+        // step; the stream orders what is freed after it.
+        unsafe { step.plan.launch(kernels, dtype, &at, scale)? };
+        self.step = Some(step);
+        Ok(out)
+    }
+}

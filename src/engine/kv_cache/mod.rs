@@ -1,0 +1,70 @@
+//! Storage of the paged KV cache, and what a step of the engine attends to: a sequence's cartridges, then its
+//! own blocks. One form for each kind of device.
+
+mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+
+use candle_core::{DType, Device, Result};
+
+use self::cpu::{CpuAttention, CpuKvCache};
+use super::blocks::{BLOCK_TOKENS, BlockTable};
+use crate::cartridge::{KvShape, Lease};
+use crate::model::Attend;
+
+/// Keys and values of all blocks.
+pub enum KvCache {
+    Cpu(CpuKvCache),
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::CudaKvCache),
+}
+
+/// One sequence's part of a step: `rows` new tokens after `start` stored ones.
+pub struct BatchEntry<'a> {
+    pub table: &'a BlockTable,
+    pub cartridges: &'a [Lease],
+    pub start: usize,
+    pub rows: usize,
+}
+
+impl KvCache {
+    /// Room for `blocks` blocks of numbers of `dtype` on `device`; on the CPU they are f32.
+    ///
+    /// # Errors
+    /// The memory of a GPU does not suffice, or this program was built without support for it.
+    pub fn new(shape: KvShape, blocks: usize, device: &Device, dtype: DType) -> Result<Self> {
+        match device {
+            Device::Cpu => Ok(Self::Cpu(CpuKvCache::new(shape, blocks))),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => {
+                Ok(Self::Cuda(cuda::CudaKvCache::new(shape, blocks, device, dtype)?))
+            }
+            other => candle_core::bail!("no KV cache of {dtype:?} on {other:?} in this program"),
+        }
+    }
+
+    /// Bytes one block takes over all layers, keys and values.
+    pub fn block_bytes(shape: KvShape, dtype: DType) -> u64 {
+        (2 * shape.layers * block_elements(shape) * dtype.size_in_bytes()) as u64
+    }
+
+    /// What the decoder attends to in a step with the rows of `batch`, one entry after the other.
+    /// `group_min` sequences must share a cartridge for it to be read once for all of them.
+    pub fn attention<'a>(
+        &'a mut self,
+        batch: &'a [BatchEntry<'a>],
+        group_min: usize,
+    ) -> Box<dyn Attend + 'a> {
+        match self {
+            Self::Cpu(cache) => Box::new(CpuAttention { cache, batch, group_min }),
+            // Reading a cartridge once for all is never slower there.
+            #[cfg(feature = "cuda")]
+            Self::Cuda(cache) => Box::new(cache.attention(batch)),
+        }
+    }
+}
+
+/// Keys, or values, of a block in one layer.
+fn block_elements(shape: KvShape) -> usize {
+    shape.kv_heads * BLOCK_TOKENS * shape.head_dim
+}
