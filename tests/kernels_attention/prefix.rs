@@ -1,12 +1,10 @@
-//! The attention kernels, run on the CPU, against their naive twins.
-
-mod kernels_support;
+//! Prefix attention against its twin.
 
 use half::{bf16, f16};
-use kernels_support::{Buffer, Expected, Library, Number, Random, Shape, shape};
 
-/// Every head dimension there is a kernel for.
-const DIMS: [usize; 6] = [16, 32, 64, 96, 128, 256];
+use crate::args;
+use crate::kernels_support::{Buffer, Expected, Library, Number, Random, Shape, shape};
+use crate::{DIMS, twin};
 
 struct Prefix {
     shape: Shape,
@@ -77,53 +75,31 @@ impl Prefix {
                 0.3f32,
             ],
         );
-        let mut want = Expected::new(slots * heads, dim);
-        let twin = Library::of("kernels/reference/attention.cpp")
-            .symbol(&format!("reference_attention_prefix_{}", T::NAME));
-        type Twin = extern "C" fn(
-            usize,
-            usize,
-            usize,
-            usize,
-            usize,
-            usize,
-            *mut f64,
-            *mut f64,
-            *mut f64,
-            i32,
-            i32,
-            i32,
-            i32,
-            i64,
-            i32,
-            i32,
-            i32,
-            f32,
+        let want = Expected::new(slots * heads, dim);
+        twin().call(
+            &format!("reference_attention_prefix_{}", T::NAME),
+            args![
+                &q,
+                &k,
+                &v,
+                bias.as_ref(),
+                row_ids.as_ref(),
+                slot_ids.as_ref(),
+                &want.out,
+                &want.noise,
+                &want.lse,
+                rows as i32,
+                heads as i32,
+                kv_heads as i32,
+                tokens as i32,
+                head_stride as i64,
+                part_tokens as i32,
+                parts as i32,
+                dim as i32,
+                0.3f32,
+            ],
         );
-        // SAFETY: declared so in the reference; it writes to slots that exist.
-        let twin: Twin = unsafe { std::mem::transmute(twin) };
-        let address = |ids: &Option<Buffer<i32>>| ids.as_ref().map_or(0, Buffer::address);
-        twin(
-            q.address(),
-            k.address(),
-            v.address(),
-            bias.as_ref().map_or(0, Buffer::address),
-            address(&row_ids),
-            address(&slot_ids),
-            want.out.as_mut_ptr(),
-            want.noise.as_mut_ptr(),
-            want.lse.as_mut_ptr(),
-            rows as i32,
-            heads as i32,
-            kv_heads as i32,
-            tokens as i32,
-            head_stride as i64,
-            part_tokens as i32,
-            parts as i32,
-            dim as i32,
-            0.3,
-        );
-        want.check::<T, f32>(&out.read(), &lse.read(), &case);
+        want.check::<T, f32>(&out, &lse, &case);
     }
 }
 
