@@ -120,7 +120,6 @@ impl Attend for CudaAttention<'_> {
             address(&step.places)?.into(),
             keys.into(),
             values.into(),
-            (rows as i32).into(),
             (kv_heads as i32).into(),
             (head_dim as i32).into(),
         ];
