@@ -23,6 +23,8 @@ template <typename Element, int HEAD_DIM> struct Decode {
     static constexpr int THREADS = 32 * WARPS;
     static constexpr int TILE = BLOCK_TOKENS * tile_stride(D);
     static constexpr int STAGES = 2;
+    // Blocks that registers and shared memory let an SM hold at once; the compiler is kept to it.
+    static constexpr int RESIDENT = D <= 64 ? 4 : D <= 128 ? 2 : 1;
     // Queries, then keys and values of every warp and stage; in the end the warps' results lie there.
     static constexpr int SHARED_BYTES = (1 + WARPS * STAGES * 2) * TILE * static_cast<int>(sizeof(T));
     static_assert(WARPS * WARP_ROWS * (D + 2) * 4 <= SHARED_BYTES);
@@ -122,7 +124,7 @@ __device__ __forceinline__ void attention_decode(const typename C::T *q, const t
 }
 
 #define INSTANCE(T, D)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(128) attention_decode_##T##_d##D(                               \
+    extern "C" __global__ void __launch_bounds__(128, Decode<T, D>::RESIDENT) attention_decode_##T##_d##D(                               \
         const T *q, const T *k, const T *v, const int *tables, const int *lengths, const int *row_ids,           \
         const int *slots, float *out, float *lse, int heads, int kv_heads, int table_stride, int part_tokens,    \
         float scale) {                                                                                           \
