@@ -13,7 +13,7 @@
 // Part s is the keys `s * part_tokens ..`; parts without a key write nothing, except part 0. A row's bits do
 // not depend on the other sequences. Slots of a block behind the length are not used, whatever they hold.
 // grid (parts, sequences, kv_heads * ceil(heads / kv_heads / 16)), 128 threads.
-// Limits: base addresses are multiples of 16 bytes; part_tokens a multiple of 16; 65,535 sequences.
+// Limits: base addresses are multiples of 16 bytes; part_tokens a multiple of 16, at most 2^30; 65,535 sequences.
 #include "attention_block.cuh"
 
 template <typename Element, int HEAD_DIM> struct Decode {
@@ -23,6 +23,8 @@ template <typename Element, int HEAD_DIM> struct Decode {
     static constexpr int THREADS = 32 * WARPS;
     static constexpr int TILE = BLOCK_TOKENS * tile_stride(D);
     static constexpr int STAGES = 2;
+    // Blocks that registers and shared memory let an SM hold at once; the compiler is kept to it.
+    static constexpr int RESIDENT = D <= 64 ? 4 : D <= 128 ? 2 : 1;
     // Queries, then keys and values of every warp and stage; in the end the warps' results lie there.
     static constexpr int SHARED_BYTES = (1 + WARPS * STAGES * 2) * TILE * static_cast<int>(sizeof(T));
     static_assert(WARPS * WARP_ROWS * (D + 2) * 4 <= SHARED_BYTES);
@@ -121,14 +123,16 @@ __device__ __forceinline__ void attention_decode(const typename C::T *q, const t
     }
 }
 
-#define INSTANCE(T, D)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(128) attention_decode_##T##_d##D(                               \
-        const T *q, const T *k, const T *v, const int *tables, const int *lengths, const int *row_ids,           \
-        const int *slots, float *out, float *lse, int heads, int kv_heads, int table_stride, int part_tokens,    \
-        float scale) {                                                                                           \
-        attention_decode<Decode<T, D>>(q, k, v, tables, lengths, row_ids, slots, out, lse, heads, kv_heads,      \
-                                       table_stride, part_tokens, scale);                                        \
-    }                                                                                                            \
+#define INSTANCE(T, D)                                                                             \
+    extern "C" __global__ void __launch_bounds__(128, Decode<T, D>::RESIDENT)                      \
+        attention_decode_##T##_d##D(                                                               \
+            const T *q, const T *k, const T *v, const int *tables, const int *lengths,             \
+            const int *row_ids, const int *slots, float *out, float *lse, int heads, int kv_heads, \
+            int table_stride, int part_tokens, float scale) {                                      \
+        attention_decode<Decode<T, D>>(                                                            \
+            q, k, v, tables, lengths, row_ids, slots, out, lse, heads, kv_heads, table_stride,     \
+            part_tokens, scale);                                                                   \
+    }                                                                                              \
     KERNEL(attention_decode_##T##_d##D, (Decode<T, D>::THREADS), (Decode<T, D>::SHARED_BYTES))
 
 INSTANCE(bf16, 16)

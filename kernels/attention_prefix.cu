@@ -10,7 +10,8 @@
 //   lse      [slots, heads] f32       natural logarithm; minus infinity, and zeroes in `out`, without a key
 // Part s is the keys `s * part_tokens ..` up to as many. A row's bits do not depend on the other rows.
 // grid (parts, ceil(rows * heads / kv_heads / 64), kv_heads), 128 threads.
-// Limits: base addresses, and strides times 2 bytes, are multiples of 16; rows * heads / kv_heads < 2^31.
+// Limits: base addresses, and strides times 2 bytes, are multiples of 16; rows * heads / kv_heads and
+// tokens + part_tokens below 2^31.
 #include "attention_block.cuh"
 
 template <typename B>
@@ -45,14 +46,16 @@ __device__ __forceinline__ void attention_prefix(const typename B::T *q, const t
     }
 }
 
-#define INSTANCE(T, D)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(128, Block<T, D>::RESIDENT) attention_prefix_##T##_d##D(                            \
-        const T *q, const T *k, const T *v, const float *bias, const int *row_ids, const int *slots,          \
-        float *out, float *lse, int rows, int heads, int kv_heads, int tokens, int64_t head_stride,           \
-        int part_tokens, float scale) {                                                                       \
-        attention_prefix<Block<T, D>>(q, k, v, bias, row_ids, slots, out, lse, rows, heads, kv_heads, tokens, \
-                                      head_stride, part_tokens, scale);                                       \
-    }                                                                                                         \
+#define INSTANCE(T, D)                                                                               \
+    extern "C" __global__ void __launch_bounds__(128, Block<T, D>::RESIDENT)                         \
+        attention_prefix_##T##_d##D(                                                                 \
+            const T *q, const T *k, const T *v, const float *bias, const int *row_ids,               \
+            const int *slots, float *out, float *lse, int rows, int heads, int kv_heads, int tokens, \
+            int64_t head_stride, int part_tokens, float scale) {                                     \
+        attention_prefix<Block<T, D>>(                                                               \
+            q, k, v, bias, row_ids, slots, out, lse, rows, heads, kv_heads, tokens, head_stride,     \
+            part_tokens, scale);                                                                     \
+    }                                                                                                \
     KERNEL(attention_prefix_##T##_d##D, (Block<T, D>::THREADS), (Block<T, D>::SHARED_BYTES))
 
 INSTANCE(bf16, 16)

@@ -63,11 +63,14 @@ template <typename V, typename F> V exchange(const Site &site, V value, F pick) 
 inline void __syncthreads(SIMT_SITE) { simt::block->barrier({"__syncthreads", file, line}); }
 inline void __syncwarp(uint32_t mask = 0xffffffffu, SIMT_SITE) {
     simt::require_full(mask, "__syncwarp");
-    simt::block->collective({"__syncwarp", file, line}, [](simt::Warp &) {});
+    simt::block->collective({"__syncwarp", file, line}, [](simt::Warp &) {
+        for (unsigned lane = 0; lane < 32; ++lane) simt::block->sibling(lane).landed = false;
+    });
 }
 template <typename V> V __shfl_xor_sync(uint32_t mask, V value, int with, SIMT_SITE) {
     simt::require_full(mask, "__shfl_xor_sync");
-    return simt::exchange({"__shfl_xor_sync", file, line}, value, [=](unsigned lane) { return (lane ^ with) & 31; });
+    return simt::exchange({"__shfl_xor_sync", file, line}, value,
+                          [=](unsigned lane) { return (lane ^ with) & 31; });
 }
 template <typename V> V __shfl_sync(uint32_t mask, V value, int from, SIMT_SITE) {
     simt::require_full(mask, "__shfl_sync");
@@ -75,11 +78,13 @@ template <typename V> V __shfl_sync(uint32_t mask, V value, int from, SIMT_SITE)
 }
 template <typename V> V __shfl_down_sync(uint32_t mask, V value, unsigned by, SIMT_SITE) {
     simt::require_full(mask, "__shfl_down_sync");
-    return simt::exchange({"__shfl_down_sync", file, line}, value, [=](unsigned lane) { return lane + by > 31 ? lane : lane + by; });
+    return simt::exchange({"__shfl_down_sync", file, line}, value,
+                          [=](unsigned lane) { return lane + by > 31 ? lane : lane + by; });
 }
 template <typename V> V __shfl_up_sync(uint32_t mask, V value, unsigned by, SIMT_SITE) {
     simt::require_full(mask, "__shfl_up_sync");
-    return simt::exchange({"__shfl_up_sync", file, line}, value, [=](unsigned lane) { return lane < by ? lane : lane - by; });
+    return simt::exchange({"__shfl_up_sync", file, line}, value,
+                          [=](unsigned lane) { return lane < by ? lane : lane - by; });
 }
 inline uint32_t __ballot_sync(uint32_t mask, bool value, SIMT_SITE) {
     simt::require_full(mask, "__ballot_sync");
@@ -92,8 +97,12 @@ inline uint32_t __ballot_sync(uint32_t mask, bool value, SIMT_SITE) {
     });
     return own.out[0];
 }
-inline bool __any_sync(uint32_t mask, bool value, SIMT_SITE) { return __ballot_sync(mask, value, file, line) != 0; }
-inline bool __all_sync(uint32_t mask, bool value, SIMT_SITE) { return __ballot_sync(mask, value, file, line) == 0xffffffffu; }
+inline bool __any_sync(uint32_t mask, bool value, SIMT_SITE) {
+    return __ballot_sync(mask, value, file, line) != 0;
+}
+inline bool __all_sync(uint32_t mask, bool value, SIMT_SITE) {
+    return __ballot_sync(mask, value, file, line) == 0xffffffffu;
+}
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline void __threadfence() {}
@@ -171,6 +180,7 @@ template <int PENDING> void cp_async_wait() {
             memcpy(copy.to, copy.from, 16);
         else
             memset(copy.to, 0, 16);
+        self.landed = true;
     }
     self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<long>(done));
 }
@@ -180,7 +190,11 @@ template <bool TRANSPOSED> void simt_ldmatrix(uint32_t (&out)[4], const void *ro
     simt::LaneData &own = simt::block->warp().lanes[simt::block->lane()];
     own.address = row;
     simt::block->collective({"ldmatrix", file, line}, [](simt::Warp &warp) {
-        for (unsigned lane = 0; lane < 32; ++lane)
+        for (unsigned lane = 0; lane < 32; ++lane) {
+            if (simt::block->sibling(lane).landed) {
+                simt::block->describe("ldmatrix, with no barrier after lane %u waited for its copies", lane);
+                simt::block->leave();
+            }
             for (unsigned m = 0; m < 4; ++m) {
                 uint16_t pair[2];
                 for (unsigned i = 0; i < 2; ++i) {
@@ -190,11 +204,16 @@ template <bool TRANSPOSED> void simt_ldmatrix(uint32_t (&out)[4], const void *ro
                 }
                 warp.lanes[lane].out[m] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
             }
+        }
     });
     memcpy(out, own.out, sizeof out);
 }
-inline void ldmatrix_x4(uint32_t (&out)[4], const void *row, SIMT_SITE) { simt_ldmatrix<false>(out, row, file, line); }
-inline void ldmatrix_x4_trans(uint32_t (&out)[4], const void *row, SIMT_SITE) { simt_ldmatrix<true>(out, row, file, line); }
+inline void ldmatrix_x4(uint32_t (&out)[4], const void *row, SIMT_SITE) {
+    simt_ldmatrix<false>(out, row, file, line);
+}
+inline void ldmatrix_x4_trans(uint32_t (&out)[4], const void *row, SIMT_SITE) {
+    simt_ldmatrix<true>(out, row, file, line);
+}
 
 template <typename T>
 void mma_16816(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_SITE) {

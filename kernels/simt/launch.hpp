@@ -21,6 +21,7 @@ static void run_block(Block &own) {
         fiber.waits = {nullptr, "", 0};
         fiber.copies.clear();
         fiber.group = 0;
+        fiber.landed = false;
         fiber.context.prepare(own.stacks[i].pages, own.stacks[i].bytes, fiber_entry);
         own.ready.push_back(i);
     }

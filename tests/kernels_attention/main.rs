@@ -22,6 +22,7 @@ fn twin() -> Library {
 }
 
 /// A layer of the paged cache: the blocks of all sequences in random order, everything that no sequence owns NaN.
+#[derive(Clone)]
 struct Cache<T> {
     keys: Vec<T>,
     values: Vec<T>,

@@ -12,6 +12,8 @@ struct Prefix {
     tokens: usize,
     part_tokens: usize,
     bias: bool,
+    /// The first keys have a bias of minus infinity.
+    hidden: usize,
     /// Rows of the queries and slots are scattered.
     scattered: bool,
 }
@@ -39,7 +41,12 @@ impl Prefix {
         }
         // The last head ends where its last key does.
         let end = k.len() - 3 * dim;
-        let bias = self.bias.then(|| random.numbers::<f32>(kv_heads * tokens));
+        let mut bias = self.bias.then(|| random.numbers::<f32>(kv_heads * tokens));
+        if let Some(bias) = &mut bias {
+            for head in bias.chunks_exact_mut(tokens.max(1)) {
+                head[..self.hidden].fill(f32::NEG_INFINITY);
+            }
+        }
         let row_ids: Vec<i32> = random.order(all_rows)[..rows].to_vec();
         let slot_ids: Vec<i32> =
             random.order(all_rows)[..rows].iter().map(|slot| slot * parts as i32).collect();
@@ -113,6 +120,7 @@ fn prefix_attention_of_every_head_dimension() {
                 tokens,
                 part_tokens,
                 bias,
+                hidden: 0,
                 scattered: bias,
             };
             case(1, 1, 1, false).check::<bf16>(seed as u64);
@@ -121,7 +129,8 @@ fn prefix_attention_of_every_head_dimension() {
     }
     let shape = shape(4, 2, 64);
     let (rows, tokens, part_tokens) = (3, 70, 32);
-    Prefix { shape, rows, tokens, part_tokens, bias: true, scattered: true }.check::<f16>(9);
+    Prefix { shape, rows, tokens, part_tokens, bias: true, hidden: 0, scattered: true }
+        .check::<f16>(9);
 }
 
 /// Lengths around the 16 keys of a product and the 64 of a tile; rows around the 64 of a block.
@@ -135,7 +144,8 @@ fn prefix_attention_at_the_edges_of_tiles() {
             let (bias, scattered) = (seed % 2 == 0, seed % 3 == 0);
             let part_tokens = [tokens, 16, 64][seed as usize % 3];
             let shape = shape(heads, kv_heads, 16);
-            Prefix { shape, rows, tokens, part_tokens, bias, scattered }.check::<bf16>(seed);
+            Prefix { shape, rows, tokens, part_tokens, bias, hidden: 0, scattered }
+                .check::<bf16>(seed);
         }
     }
 }
@@ -144,7 +154,19 @@ fn prefix_attention_at_the_edges_of_tiles() {
 fn prefix_attention_over_no_keys_and_over_2047() {
     for (tokens, part_tokens) in [(0, 64), (2047, 2047), (2047, 512)] {
         let shape = shape(4, 1, 64);
-        Prefix { shape, rows: 3, tokens, part_tokens, bias: true, scattered: true }
+        Prefix { shape, rows: 3, tokens, part_tokens, bias: true, hidden: 0, scattered: true }
             .check::<bf16>(7);
+    }
+}
+
+/// Whole tiles, whole parts and whole cartridges without a visible key.
+#[test]
+fn prefix_attention_does_not_see_keys_with_a_bias_of_minus_infinity() {
+    for (seed, (tokens, hidden, part_tokens)) in
+        (300..).zip([(80, 1, 80), (130, 64, 130), (200, 150, 70), (70, 70, 64)])
+    {
+        let shape = shape(4, 2, 32);
+        Prefix { shape, rows: 3, tokens, part_tokens, bias: true, hidden, scattered: false }
+            .check::<bf16>(seed);
     }
 }

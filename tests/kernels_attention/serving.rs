@@ -1,5 +1,6 @@
-//! A step of serving, the way the engine will run it: cartridges by the prefix kernel, own tokens by the decode or the
-//! prefill kernel, all merged; against the attention of the CPU backend.
+//! A step of serving, the way the engine will run it: cartridges by the prefix kernel, own tokens by the decode
+//! or the prefill kernel, all merged. Against the attention of the CPU backend, and against each sequence
+//! alone, bit by bit.
 
 use cartouche::ops::attention::{Heads, KvRun, SequenceQueries, segment_attention};
 use half::bf16;
@@ -142,6 +143,9 @@ fn by_kernels(
             }
             row += len;
         }
+        if row_ids.is_empty() {
+            continue;
+        }
         let slot_ids: Vec<i32> = row_ids.iter().map(|row| next[*row as usize]).collect();
         row_ids.iter().for_each(|row| next[*row as usize] += cartridge.parts() as i32);
         let buffers = [&cartridge.keys, &cartridge.values].map(|x| Buffer::of(x, random.side()));
@@ -246,6 +250,17 @@ fn check(shape: Shape, members: &[Member], decode: bool, seed: u64) {
     let q = random.numbers::<bf16>(rows * shape.heads * shape.dim);
     let want = on_the_cpu(shape, &q, &cartridges, &cache, members);
     let got = by_kernels(random, shape, &q, &cartridges, &cache, members, decode);
+    let (width, mut first_row) = (shape.heads * shape.dim, 0);
+    for (sequence, member) in members.iter().enumerate() {
+        let table = cache.tables[sequence * cache.table_stride..][..cache.table_stride].to_vec();
+        let own = Cache { tables: table, ..cache.clone() };
+        let rows = first_row * width..(first_row + member.2) * width;
+        let q = &q[rows.clone()];
+        let alone = by_kernels(random, shape, q, &cartridges, &own, &[*member], decode);
+        let bits = |values: &[bf16]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&got[rows]), bits(&alone), "{shape:?}: sequence {sequence} alone");
+        first_row += member.2;
+    }
     for (i, (got, want)) in got.iter().zip(want).enumerate() {
         let most = 4e-3 + 4e-3 * f64::from(want.abs());
         check_one(f64::from(got.to_f32()), f64::from(want), most, || {
