@@ -244,7 +244,7 @@ fn a_cartridge_named_twice_counts_twice() {
 }
 
 #[test]
-fn many_rows_fill_the_gpu_and_are_not_cut() {
+fn many_heads_and_rows() {
     check(5, shape(64, 4, 16), &[(300, false)], &[sequence(0, 130, &[0]), sequence(9, 1, &[0])]);
 }
 

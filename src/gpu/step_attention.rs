@@ -9,13 +9,11 @@ use candle_core::{DType, Result};
 use super::launch::{Arg, Launch};
 
 /// Keys of a part. Short enough that one sequence with a long text occupies many processors, long enough
-/// that merging (`2 * 4` bytes per query value and part) stays below a fiftieth of reading the keys.
+/// that merging (8 bytes per query value and part) costs little beside reading the keys. The same whatever
+/// else runs, so that a row has the same bits in any company.
 const PART_TOKENS: usize = 256;
 /// Rows (query rows times query heads of a KV head) of a thread block of the attention kernels.
 const BLOCK_ROWS: usize = 64;
-/// Thread blocks that fill a GPU (132 processors of an H100 or H200). A product with as many is not cut
-/// into parts.
-const FULL_GRID: usize = 132;
 /// Query heads of a KV head that a thread block of the decode kernel takes.
 const DECODE_HEADS: usize = 16;
 /// Heads per thread block of the merge.
@@ -86,7 +84,6 @@ pub struct StepAttention {
 struct Shared {
     cartridge: usize,
     tokens: usize,
-    part_tokens: usize,
     rows: usize,
     row_ids: usize,
     slots: usize,
@@ -156,12 +153,6 @@ impl StepAttention {
     fn assign_slots(&mut self, sequences: &[QuerySequence<'_>]) -> Vec<Vec<i32>> {
         // Rows of each (cartridge, place in the list of its sequence); a cartridge named twice is two.
         let mut groups: Vec<(usize, usize, Vec<(i32, i32)>)> = Vec::new();
-        let mut rows_of: std::collections::BTreeMap<usize, usize> = Default::default();
-        for sequence in sequences {
-            for (cartridge, _) in sequence.cartridges {
-                *rows_of.entry(*cartridge).or_default() += sequence.rows;
-            }
-        }
         let mut first = Vec::with_capacity(self.rows + 1);
         let mut own = Vec::with_capacity(sequences.len());
         let mut row = 0;
@@ -178,11 +169,11 @@ impl StepAttention {
                         }
                     };
                     groups[group].2.push((row, self.slots as i32));
-                    self.slots += parts(*tokens, self.part_tokens(rows_of[cartridge], *tokens));
+                    self.slots += parts(*tokens);
                 }
                 of_rows.push(self.slots as i32);
                 self.slots += match sequence.rows {
-                    1 => parts(sequence.start + 1, PART_TOKENS),
+                    1 => parts(sequence.start + 1),
                     _ => 1,
                 };
                 row += 1;
@@ -192,20 +183,12 @@ impl StepAttention {
         first.push(self.slots as i32);
         self.first = self.add(first);
         for (cartridge, tokens, rows) in groups {
-            let part_tokens = self.part_tokens(rows_of[&cartridge], tokens);
             let (row_ids, slots): (Vec<i32>, Vec<i32>) = rows.iter().copied().unzip();
             let (row_ids, slots) = (self.add(row_ids), self.add(slots));
             let rows = rows.len();
-            self.shared.push(Shared { cartridge, tokens, part_tokens, rows, row_ids, slots });
+            self.shared.push(Shared { cartridge, tokens, rows, row_ids, slots });
         }
         own
-    }
-
-    /// Keys per part of a cartridge that `rows` rows see: all of them where the rows alone fill the GPU.
-    fn part_tokens(&self, rows: usize, tokens: usize) -> usize {
-        let StepHeads { heads, kv_heads, .. } = self.heads;
-        let blocks = (rows * heads / kv_heads).div_ceil(BLOCK_ROWS) * kv_heads;
-        if blocks >= FULL_GRID { tokens.max(1) } else { PART_TOKENS }
     }
 
     fn own(&mut self, sequences: &[OwnRows<'_>], decode: bool) -> Own {
@@ -277,11 +260,7 @@ impl StepAttention {
         let int = |value: usize| Arg::from(value as i32);
         for pass in &self.shared {
             let layer = &at.cartridges[pass.cartridge];
-            let grid = [
-                parts(pass.tokens, pass.part_tokens),
-                (pass.rows * shared_by).div_ceil(BLOCK_ROWS),
-                kv_heads,
-            ];
+            let grid = [parts(pass.tokens), (pass.rows * shared_by).div_ceil(BLOCK_ROWS), kv_heads];
             let args = [
                 Arg::from(at.q),
                 layer.keys.into(),
@@ -296,18 +275,15 @@ impl StepAttention {
                 int(kv_heads),
                 int(pass.tokens),
                 Arg::from((pass.tokens * head_dim) as i64),
-                int(pass.part_tokens),
+                int(PART_TOKENS),
                 scale.into(),
             ];
             // SAFETY: the arguments of the kernel; the rest is the caller's promise.
             unsafe { gpu.launch(&of_head("prefix"), grid, &args)? };
         }
         if let Some(pass) = &self.decode {
-            let grid = [
-                parts(pass.longest, PART_TOKENS),
-                pass.sequences,
-                kv_heads * shared_by.div_ceil(DECODE_HEADS),
-            ];
+            let grid =
+                [parts(pass.longest), pass.sequences, kv_heads * shared_by.div_ceil(DECODE_HEADS)];
             let args = [
                 Arg::from(at.q),
                 at.keys.into(),
@@ -378,7 +354,7 @@ impl OwnRows<'_> {
     }
 }
 
-/// Parts of `part_tokens` that `tokens` keys are cut into; one where there are none.
-fn parts(tokens: usize, part_tokens: usize) -> usize {
-    tokens.div_ceil(part_tokens).max(1)
+/// Parts that `tokens` keys are cut into; one where there are none.
+fn parts(tokens: usize) -> usize {
+    tokens.div_ceil(PART_TOKENS).max(1)
 }
