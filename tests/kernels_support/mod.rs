@@ -1,5 +1,5 @@
 //! Running the kernels of `kernels/` on the CPU: the host's C++ compiler builds them against `kernels/simt/`.
-#![allow(dead_code)] // each test binary uses its own part
+#![allow(dead_code, unused_imports)] // each test binary uses its own part
 
 mod build;
 mod cases;
