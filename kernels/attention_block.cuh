@@ -11,6 +11,8 @@ template <typename Element, int HEAD_DIM> struct Block {
     static constexpr int THREADS = 32 * WARPS;
     static constexpr int ROWS = WARP_ROWS * WARPS;
     static constexpr int KEYS = D <= 128 ? 64 : 32; // of a tile: what registers allow
+    // Blocks that registers let an SM hold at once; the compiler is kept to it.
+    static constexpr int RESIDENT = D <= 32 ? 4 : D <= 96 ? 3 : 2;
     static constexpr int SHARED_BYTES = (ROWS + 2 * KEYS) * tile_stride(D) * static_cast<int>(sizeof(T));
 
     T *queries, *keys, *values;

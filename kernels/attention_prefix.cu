@@ -46,7 +46,7 @@ __device__ __forceinline__ void attention_prefix(const typename B::T *q, const t
 }
 
 #define INSTANCE(T, D)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(128) attention_prefix_##T##_d##D(                            \
+    extern "C" __global__ void __launch_bounds__(128, Block<T, D>::RESIDENT) attention_prefix_##T##_d##D(                            \
         const T *q, const T *k, const T *v, const float *bias, const int *row_ids, const int *slots,          \
         float *out, float *lse, int rows, int heads, int kv_heads, int tokens, int64_t head_stride,           \
         int part_tokens, float scale) {                                                                       \

@@ -97,10 +97,8 @@ template <int D> struct Running {
     }
 };
 
-// Natural logarithm of the sum of exponentials; minus infinity where no key was visible.
-__device__ __forceinline__ float log_sum_exp(float max, float sum) {
-    return sum == 0.0f ? NEG_INF : (max + log2f(sum)) * LN_2;
-}
+// Natural logarithm of the sum of exponentials; minus infinity where no key was visible, as max then is.
+__device__ __forceinline__ float log_sum_exp(float max, float sum) { return (max + log2f(sum)) * LN_2; }
 
 // A warp's queries as the left operand: in registers, or read again each time where those do not suffice.
 template <typename T, int D, bool KEEP = (D <= 128)> struct Queries {

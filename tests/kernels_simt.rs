@@ -100,6 +100,10 @@ fn asynchronous_copies_land_when_waited_for() {
     assert_eq!((&copied[..124], &copied[124..]), (&values[..124], &[0; 4][..])); // the last is absent
     library().launch("unwaited_copy", [1; 3], 0, args![&from, &to]);
     assert_eq!(to.read(), [u32::MAX; 128]);
+    // ldmatrix takes rows of eight numbers: register m of lane l is pair l % 4 of row 8 m + l / 4, as they lie.
+    library().launch("unseen_copy_ok", [1; 3], 2, args![&from, &to]);
+    assert_eq!(to.read(), values);
+    refused("unseen_copy", args![&from, &to], "no barrier");
 }
 
 #[test]

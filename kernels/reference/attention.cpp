@@ -2,6 +2,7 @@
 //
 // Besides the result each gives `noise`: the root of the sum of squares of weight times value. A kernel rounds
 // each weight to 16 bits, so its error is a few times 2^-9 of that (bf16), and a key too many or too few shows.
+#include "../simt/call.hpp"
 #include "../simt/numbers.hpp"
 #include <cmath>
 #include <vector>
@@ -61,18 +62,99 @@ void prefix(const T *q, const T *k, const T *v, const float *bias, const int *ro
                 row.finish<T>(dim, out + at * dim, noise + at * dim, lse + at);
             }
 }
+
+// Keys of a sequence in the blocks of the cache: number `t` of KV head `kv_head`.
+template <typename T>
+const T *in_blocks(const T *cache, const int *table, int t, int kv_head, int kv_heads, int dim) {
+    return cache + ((static_cast<int64_t>(table[t / 16]) * kv_heads + kv_head) * 16 + t % 16) * dim;
+}
+
+template <typename T>
+void decode(const T *q, const T *k, const T *v, const int *tables, const int *lengths, const int *row_ids,
+            const int *slots, double *out, double *noise, double *lse, int sequences, int heads, int kv_heads,
+            int table_stride, int part_tokens, int parts, int dim, float scale) {
+    Row row;
+    for (int i = 0; i < sequences; ++i)
+        for (int head = 0; head < heads; ++head)
+            for (int part = 0; part < parts; ++part) {
+                if (part > 0 && part * part_tokens >= lengths[i]) continue;
+                const int kv_head = head / (heads / kv_heads), *table = tables + i * table_stride;
+                const T *query = q + (static_cast<int64_t>(row_ids ? row_ids[i] : i) * heads + head) * dim;
+                for (int t = part * part_tokens; t < lengths[i] && t < (part + 1) * part_tokens; ++t)
+                    row.see(query, in_blocks(k, table, t, kv_head, kv_heads, dim),
+                            in_blocks(v, table, t, kv_head, kv_heads, dim), dim, scale, 0);
+                const int64_t at = static_cast<int64_t>(slots ? slots[i] + part : i * parts + part) * heads + head;
+                row.finish<T>(dim, out + at * dim, noise + at * dim, lse + at);
+            }
+}
+
+template <typename T>
+void packed(const T *q, const T *k, const T *v, const T *prefix_k, const T *prefix_v, const int *cu_seqlens,
+            double *out, double *noise, double *lse, int sequences, int heads, int kv_heads, int prefix,
+            int64_t prefix_stride, int dim, float scale) {
+    Row row;
+    for (int sequence = 0; sequence < sequences; ++sequence)
+        for (int token = cu_seqlens[sequence]; token < cu_seqlens[sequence + 1]; ++token)
+            for (int head = 0; head < heads; ++head) {
+                const int kv_head = head / (heads / kv_heads);
+                const int64_t at = static_cast<int64_t>(token) * heads + head;
+                for (int t = 0; t < prefix; ++t) {
+                    const int64_t from = kv_head * prefix_stride + static_cast<int64_t>(t) * dim;
+                    row.see(q + at * dim, prefix_k + from, prefix_v + from, dim, scale, 0);
+                }
+                for (int t = cu_seqlens[sequence]; t <= token; ++t) {
+                    const int64_t from = (static_cast<int64_t>(t) * kv_heads + kv_head) * dim;
+                    row.see(q + at * dim, k + from, v + from, dim, scale, 0);
+                }
+                row.finish<T>(dim, out + at * dim, noise + at * dim, lse + at);
+            }
+}
+
+template <typename T>
+void prefill(const T *q, const T *k, const T *v, const int *tables, const int *cu_seqlens, const int *before,
+             const int *slots, double *out, double *noise, double *lse, int sequences, int heads, int kv_heads,
+             int table_stride, int dim, float scale) {
+    Row row;
+    for (int sequence = 0; sequence < sequences; ++sequence)
+        for (int r = cu_seqlens[sequence]; r < cu_seqlens[sequence + 1]; ++r)
+            for (int head = 0; head < heads; ++head) {
+                const int kv_head = head / (heads / kv_heads), *table = tables + sequence * table_stride;
+                const T *query = q + (static_cast<int64_t>(r) * heads + head) * dim;
+                for (int t = 0; t <= before[sequence] + r - cu_seqlens[sequence]; ++t)
+                    row.see(query, in_blocks(k, table, t, kv_head, kv_heads, dim),
+                            in_blocks(v, table, t, kv_head, kv_heads, dim), dim, scale, 0);
+                const int64_t at = static_cast<int64_t>(slots ? slots[r] : r) * heads + head;
+                row.finish<T>(dim, out + at * dim, noise + at * dim, lse + at);
+            }
+}
+
+// Parts of the same query merged by their denominators: `first[i] .. first[i + 1]` are the parts of row i.
+void merge(const float *parts, const float *lse, const int *first, const int *row_ids,
+           double *out, double *out_lse, int rows, int heads, int dim) {
+    for (int i = 0; i < rows; ++i)
+        for (int head = 0; head < heads; ++head) {
+            const int64_t to = static_cast<int64_t>(row_ids ? row_ids[i] : i) * heads + head;
+            double sum = 0;
+            for (int slot = first[i]; slot < first[i + 1]; ++slot)
+                sum += std::exp(static_cast<double>(lse[static_cast<int64_t>(slot) * heads + head]));
+            out_lse[to] = std::log(sum);
+            for (int d = 0; d < dim; ++d) {
+                out[to * dim + d] = 0;
+                for (int slot = first[i]; slot < first[i + 1]; ++slot) {
+                    const int64_t from = static_cast<int64_t>(slot) * heads + head;
+                    if (lse[from] == -INFINITY) continue;
+                    out[to * dim + d] += std::exp(static_cast<double>(lse[from])) / sum * parts[from * dim + d];
+                }
+            }
+        }
+}
 } // namespace
 
-#define EXPORT extern "C" __attribute__((visibility("default"))) void
-#define INSTANCE(T)                                                                                             \
-    EXPORT reference_attention_prefix_##T(const T *q, const T *k, const T *v, const float *bias,                \
-                                          const int *row_ids, const int *slots, double *out, double *noise,     \
-                                          double *lse, int rows, int heads, int kv_heads, int tokens,           \
-                                          int64_t head_stride, int part_tokens, int parts, int dim,             \
-                                          float scale) {                                                        \
-        prefix(q, k, v, bias, row_ids, slots, out, noise, lse, rows, heads, kv_heads, tokens, head_stride,      \
-               part_tokens, parts, dim, scale);                                                                 \
-    }
-
+#define INSTANCE(T)                                      \
+    REFERENCE(reference_attention_prefix_##T, prefix<T>)   \
+    REFERENCE(reference_attention_decode_##T, decode<T>)   \
+    REFERENCE(reference_attention_packed_##T, packed<T>)   \
+    REFERENCE(reference_attention_prefill_##T, prefill<T>)
 INSTANCE(bf16)
 INSTANCE(f16)
+REFERENCE(reference_attention_merge, merge)

@@ -114,6 +114,7 @@ struct Fiber {
     // Asynchronous copies land when they are waited for, the latest moment the hardware allows.
     std::vector<Copy> copies;
     unsigned group;
+    bool landed; // copies, since this lane last met a barrier that would show them to other lanes
 };
 
 // What the lanes of a warp hand in to a collective and get back. A lane writes only its own entry.
@@ -177,6 +178,7 @@ struct Block {
 
     unsigned lane() const { return current->index % WARP; }
     Warp &warp() { return warps[current->index / WARP]; }
+    Fiber &sibling(unsigned of_lane) { return fibers[current->index / WARP * WARP + of_lane]; }
     char *dynamic() { return shared.pages + shared.bytes - (shared_bytes + 15) / 16 * 16; }
 
     uint64_t draw() {
@@ -258,8 +260,10 @@ struct Block {
         }
         if (++at_barrier < threads) return wait(site);
         at_barrier = 0;
-        for (unsigned fiber = 0; fiber < threads; ++fiber)
+        for (unsigned fiber = 0; fiber < threads; ++fiber) {
+            fibers[fiber].landed = false;
             if (fiber != current->index) wake(fiber);
+        }
     }
 
     // Runs `complete` once all lanes are here; every lane then finds its result in its entry.

@@ -63,7 +63,9 @@ template <typename V, typename F> V exchange(const Site &site, V value, F pick) 
 inline void __syncthreads(SIMT_SITE) { simt::block->barrier({"__syncthreads", file, line}); }
 inline void __syncwarp(uint32_t mask = 0xffffffffu, SIMT_SITE) {
     simt::require_full(mask, "__syncwarp");
-    simt::block->collective({"__syncwarp", file, line}, [](simt::Warp &) {});
+    simt::block->collective({"__syncwarp", file, line}, [](simt::Warp &) {
+        for (unsigned lane = 0; lane < 32; ++lane) simt::block->sibling(lane).landed = false;
+    });
 }
 template <typename V> V __shfl_xor_sync(uint32_t mask, V value, int with, SIMT_SITE) {
     simt::require_full(mask, "__shfl_xor_sync");
@@ -171,6 +173,7 @@ template <int PENDING> void cp_async_wait() {
             memcpy(copy.to, copy.from, 16);
         else
             memset(copy.to, 0, 16);
+        self.landed = true;
     }
     self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<long>(done));
 }
@@ -180,7 +183,11 @@ template <bool TRANSPOSED> void simt_ldmatrix(uint32_t (&out)[4], const void *ro
     simt::LaneData &own = simt::block->warp().lanes[simt::block->lane()];
     own.address = row;
     simt::block->collective({"ldmatrix", file, line}, [](simt::Warp &warp) {
-        for (unsigned lane = 0; lane < 32; ++lane)
+        for (unsigned lane = 0; lane < 32; ++lane) {
+            if (simt::block->sibling(lane).landed) {
+                simt::block->describe("ldmatrix, with no barrier after lane %u waited for its copies", lane);
+                simt::block->leave();
+            }
             for (unsigned m = 0; m < 4; ++m) {
                 uint16_t pair[2];
                 for (unsigned i = 0; i < 2; ++i) {
@@ -190,6 +197,7 @@ template <bool TRANSPOSED> void simt_ldmatrix(uint32_t (&out)[4], const void *ro
                 }
                 warp.lanes[lane].out[m] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
             }
+        }
     });
     memcpy(out, own.out, sizeof out);
 }

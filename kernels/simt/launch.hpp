@@ -2,30 +2,9 @@
 #pragma once
 
 #include "block.hpp"
-#include <tuple>
-#include <utility>
+#include "call.hpp"
 
 namespace simt {
-
-// What a test hands over; the same layout is declared in tests/kernels_support.
-struct Launch {
-    unsigned grid[3];
-    unsigned argument_count;
-    uint64_t seed;
-    void *const *arguments;
-    const uint32_t *argument_bytes;
-    char *error;
-    uint64_t error_bytes;
-};
-
-template <typename... A> struct Call {
-    void (*kernel)(A...);
-    std::tuple<A...> arguments;
-    static void run(void *self) {
-        Call &call = *static_cast<Call *>(self);
-        std::apply(call.kernel, call.arguments);
-    }
-};
 
 static void run_block(Block &own) {
     memset(own.shared.pages, 0xff, own.shared.bytes);
@@ -42,6 +21,7 @@ static void run_block(Block &own) {
         fiber.waits = {nullptr, "", 0};
         fiber.copies.clear();
         fiber.group = 0;
+        fiber.landed = false;
         fiber.context.prepare(own.stacks[i].pages, own.stacks[i].bytes, fiber_entry);
         own.ready.push_back(i);
     }
@@ -61,16 +41,7 @@ int launch(void (*kernel)(A...), const char *name, unsigned threads, size_t shar
     own.failed = false;
     own.current = nullptr;
     own.index = {0, 0, 0};
-    constexpr uint32_t sizes[] = {static_cast<uint32_t>(sizeof(A))...};
-    if (launch.argument_count != sizeof...(A)) {
-        own.describe("takes %zu arguments, not %u", sizeof...(A), launch.argument_count);
-        return 1;
-    }
-    for (unsigned i = 0; i < sizeof...(A); ++i) {
-        if (launch.argument_bytes[i] == sizes[i]) continue;
-        own.describe("argument %u has %u bytes, not %u", i, sizes[i], launch.argument_bytes[i]);
-        return 1;
-    }
+    if (!takes<A...>(name, launch)) return 1;
     if (threads == 0 || threads % WARP != 0 || threads > MAX_THREADS || shared_bytes > MAX_SHARED) {
         own.describe("%u threads and %zu bytes of shared memory cannot be launched", threads, shared_bytes);
         return 1;
@@ -87,16 +58,13 @@ int launch(void (*kernel)(A...), const char *name, unsigned threads, size_t shar
     own.fibers.resize(threads);
     own.warps.resize(threads / WARP);
     while (own.stacks.size() < threads) own.stacks.emplace_back(STACK_BYTES);
-    auto indices = std::index_sequence_for<A...>{};
-    auto call = [&]<size_t... I>(std::index_sequence<I...>) {
-        return Call<A...>{kernel, {*static_cast<std::remove_const_t<A> *>(launch.arguments[I])...}};
-    }(indices);
     // Blocks run in any order, as those of the hardware do; like threads: forwards, backwards, or drawn.
     std::vector<size_t> order(static_cast<size_t>(own.grid.x) * own.grid.y * own.grid.z);
     for (size_t i = 0; i < order.size(); ++i) {
         order[i] = own.seed == 1 ? order.size() - 1 - i : i;
         if (own.seed > 1) std::swap(order[i], order[own.draw() % (i + 1)]);
     }
+    Call<A...> call = bind(kernel, launch);
     own.body = Call<A...>::run;
     own.arguments = &call;
 

@@ -98,6 +98,22 @@ extern "C" __global__ void unwaited_copy_ok(const uint4 *in, uint4 *out) { copy<
 KERNEL(unwaited_copy, 32, 512)
 KERNEL(unwaited_copy_ok, 32, 512)
 
+// What lane 0 copied is read by all: they must meet after its wait.
+template <bool BARRIER> __device__ void copy_for_others(const uint4 *in, uint32_t *out) {
+    uint4 *shared = reinterpret_cast<uint4 *>(DYNAMIC_SHARED(512));
+    cp_async16(shared + threadIdx.x, in + threadIdx.x, true);
+    cp_async_commit();
+    cp_async_wait<0>();
+    if (BARRIER) __syncwarp();
+    uint32_t four[4];
+    ldmatrix_x4(four, shared + threadIdx.x);
+    for (int i = 0; i < 4; ++i) out[i * 32 + threadIdx.x] = four[i];
+}
+extern "C" __global__ void unseen_copy(const uint4 *in, uint32_t *out) { copy_for_others<false>(in, out); }
+extern "C" __global__ void unseen_copy_ok(const uint4 *in, uint32_t *out) { copy_for_others<true>(in, out); }
+KERNEL(unseen_copy, 32, 512)
+KERNEL(unseen_copy_ok, 32, 512)
+
 extern "C" __global__ void misaligned(const float *in, float *out) {
     uint4 four = load16(in + 1);
     out[threadIdx.x] = __uint_as_float(four.x);

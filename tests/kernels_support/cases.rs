@@ -3,7 +3,7 @@
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Number, Side};
+use super::{Buffer, Number, Side};
 
 /// Heads and width of an attention.
 #[derive(Debug, Clone, Copy)]
@@ -49,35 +49,40 @@ impl Random {
 
 /// What a twin computed: the result, how much rounding the weights may change it, the log-sum-exp.
 pub struct Expected {
-    pub out: Vec<f64>,
-    pub noise: Vec<f64>,
-    pub lse: Vec<f64>,
+    pub out: Buffer<f64>,
+    pub noise: Buffer<f64>,
+    pub lse: Buffer<f64>,
 }
 
 impl Expected {
     /// NaN wherever the twin writes nothing.
     pub fn new(rows: usize, dim: usize) -> Self {
-        let nan = |len| vec![f64::NAN; len];
+        let nan = |len| Buffer::poisoned(len, Side::Back);
         Self { out: nan(rows * dim), noise: nan(rows * dim), lse: nan(rows) }
     }
 
     /// `T`: the type that weights are rounded to, `O` that of the result.
     #[track_caller]
-    pub fn check<T: Number, O: Number>(&self, out: &[O], lse: &[f32], case: &str) {
-        assert_eq!((out.len(), lse.len()), (self.out.len(), self.lse.len()));
-        for (i, (got, (want, noise))) in
-            out.iter().zip(self.out.iter().zip(&self.noise)).enumerate()
-        {
-            let got = f64::from(got.to_f32());
+    pub fn check<T: Number, O: Number>(&self, out: &Buffer<O>, lse: &Buffer<f32>, case: &str) {
+        let (wanted, noise) = (self.out.read(), self.noise.read());
+        let out = out.read();
+        assert_eq!(out.len(), wanted.len());
+        for (i, (got, (want, noise))) in out.iter().zip(wanted.iter().zip(&noise)).enumerate() {
             let most = 4.0 * T::EPSILON * noise + 2.0 * O::EPSILON * want.abs() + 2e-6;
-            let fine = (got - want).abs() <= most || got.is_nan() && want.is_nan();
-            assert!(fine, "{case}: out[{i}] is {got}, not {want} (within {most:e})");
+            check_one(f64::from(got.to_f32()), *want, most, || format!("{case}: out[{i}]"));
         }
-        for (i, (got, want)) in lse.iter().zip(&self.lse).enumerate() {
-            let got = f64::from(*got);
+        let (lse, wanted) = (lse.read(), self.lse.read());
+        assert_eq!(lse.len(), wanted.len());
+        for (i, (got, want)) in lse.iter().zip(&wanted).enumerate() {
             let most = 1e-5 + 2e-6 * want.abs();
-            let fine = got == *want || (got - want).abs() <= most || got.is_nan() && want.is_nan();
-            assert!(fine, "{case}: lse[{i}] is {got}, not {want}");
+            check_one(f64::from(*got), *want, most, || format!("{case}: lse[{i}]"));
         }
     }
+}
+
+/// Equal, both NaN (nothing was to be written), or not further apart than `most`.
+#[track_caller]
+pub fn check_one(got: f64, want: f64, most: f64, what: impl Fn() -> String) {
+    let fine = got == want || (got - want).abs() <= most || got.is_nan() && want.is_nan();
+    assert!(fine, "{} is {got}, not {want} (within {most:e})", what());
 }

@@ -6,7 +6,7 @@ mod cases;
 mod memory;
 
 pub use build::Library;
-pub use cases::{Expected, Random, Shape, shape};
+pub use cases::{Expected, Random, Shape, check_one, shape};
 pub use memory::{Buffer, Side};
 
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -90,6 +90,12 @@ impl Library {
         // SAFETY: the launcher ends the text with a zero.
         let error = unsafe { CStr::from_ptr(error.as_ptr()) };
         if failed == 0 { Ok(()) } else { Err(error.to_string_lossy().into_owned()) }
+    }
+
+    /// Calls a naive twin, a plain function registered by REFERENCE.
+    #[track_caller]
+    pub fn call(&self, function: &str, args: &[Arg]) {
+        self.launch(function, [1; 3], 0, args);
     }
 
     #[track_caller]

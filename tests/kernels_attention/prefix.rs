@@ -1,12 +1,10 @@
-//! The attention kernels, run on the CPU, against their naive twins.
-
-mod kernels_support;
+//! Prefix attention against its twin.
 
 use half::{bf16, f16};
-use kernels_support::{Buffer, Expected, Library, Number, Random, Shape, shape};
 
-/// Every head dimension there is a kernel for.
-const DIMS: [usize; 6] = [16, 32, 64, 96, 128, 256];
+use crate::args;
+use crate::kernels_support::{Buffer, Expected, Library, Number, Random, Shape, shape};
+use crate::{DIMS, twin};
 
 struct Prefix {
     shape: Shape,
@@ -14,6 +12,8 @@ struct Prefix {
     tokens: usize,
     part_tokens: usize,
     bias: bool,
+    /// The first keys have a bias of minus infinity.
+    hidden: usize,
     /// Rows of the queries and slots are scattered.
     scattered: bool,
 }
@@ -41,7 +41,12 @@ impl Prefix {
         }
         // The last head ends where its last key does.
         let end = k.len() - 3 * dim;
-        let bias = self.bias.then(|| random.numbers::<f32>(kv_heads * tokens));
+        let mut bias = self.bias.then(|| random.numbers::<f32>(kv_heads * tokens));
+        if let Some(bias) = &mut bias {
+            for head in bias.chunks_exact_mut(tokens.max(1)) {
+                head[..self.hidden].fill(f32::NEG_INFINITY);
+            }
+        }
         let row_ids: Vec<i32> = random.order(all_rows)[..rows].to_vec();
         let slot_ids: Vec<i32> =
             random.order(all_rows)[..rows].iter().map(|slot| slot * parts as i32).collect();
@@ -77,53 +82,31 @@ impl Prefix {
                 0.3f32,
             ],
         );
-        let mut want = Expected::new(slots * heads, dim);
-        let twin = Library::of("kernels/reference/attention.cpp")
-            .symbol(&format!("reference_attention_prefix_{}", T::NAME));
-        type Twin = extern "C" fn(
-            usize,
-            usize,
-            usize,
-            usize,
-            usize,
-            usize,
-            *mut f64,
-            *mut f64,
-            *mut f64,
-            i32,
-            i32,
-            i32,
-            i32,
-            i64,
-            i32,
-            i32,
-            i32,
-            f32,
+        let want = Expected::new(slots * heads, dim);
+        twin().call(
+            &format!("reference_attention_prefix_{}", T::NAME),
+            args![
+                &q,
+                &k,
+                &v,
+                bias.as_ref(),
+                row_ids.as_ref(),
+                slot_ids.as_ref(),
+                &want.out,
+                &want.noise,
+                &want.lse,
+                rows as i32,
+                heads as i32,
+                kv_heads as i32,
+                tokens as i32,
+                head_stride as i64,
+                part_tokens as i32,
+                parts as i32,
+                dim as i32,
+                0.3f32,
+            ],
         );
-        // SAFETY: declared so in the reference; it writes to slots that exist.
-        let twin: Twin = unsafe { std::mem::transmute(twin) };
-        let address = |ids: &Option<Buffer<i32>>| ids.as_ref().map_or(0, Buffer::address);
-        twin(
-            q.address(),
-            k.address(),
-            v.address(),
-            bias.as_ref().map_or(0, Buffer::address),
-            address(&row_ids),
-            address(&slot_ids),
-            want.out.as_mut_ptr(),
-            want.noise.as_mut_ptr(),
-            want.lse.as_mut_ptr(),
-            rows as i32,
-            heads as i32,
-            kv_heads as i32,
-            tokens as i32,
-            head_stride as i64,
-            part_tokens as i32,
-            parts as i32,
-            dim as i32,
-            0.3,
-        );
-        want.check::<T, f32>(&out.read(), &lse.read(), &case);
+        want.check::<T, f32>(&out, &lse, &case);
     }
 }
 
@@ -137,6 +120,7 @@ fn prefix_attention_of_every_head_dimension() {
                 tokens,
                 part_tokens,
                 bias,
+                hidden: 0,
                 scattered: bias,
             };
             case(1, 1, 1, false).check::<bf16>(seed as u64);
@@ -145,7 +129,8 @@ fn prefix_attention_of_every_head_dimension() {
     }
     let shape = shape(4, 2, 64);
     let (rows, tokens, part_tokens) = (3, 70, 32);
-    Prefix { shape, rows, tokens, part_tokens, bias: true, scattered: true }.check::<f16>(9);
+    Prefix { shape, rows, tokens, part_tokens, bias: true, hidden: 0, scattered: true }
+        .check::<f16>(9);
 }
 
 /// Lengths around the 16 keys of a product and the 64 of a tile; rows around the 64 of a block.
@@ -159,7 +144,8 @@ fn prefix_attention_at_the_edges_of_tiles() {
             let (bias, scattered) = (seed % 2 == 0, seed % 3 == 0);
             let part_tokens = [tokens, 16, 64][seed as usize % 3];
             let shape = shape(heads, kv_heads, 16);
-            Prefix { shape, rows, tokens, part_tokens, bias, scattered }.check::<bf16>(seed);
+            Prefix { shape, rows, tokens, part_tokens, bias, hidden: 0, scattered }
+                .check::<bf16>(seed);
         }
     }
 }
@@ -168,7 +154,19 @@ fn prefix_attention_at_the_edges_of_tiles() {
 fn prefix_attention_over_no_keys_and_over_2047() {
     for (tokens, part_tokens) in [(0, 64), (2047, 2047), (2047, 512)] {
         let shape = shape(4, 1, 64);
-        Prefix { shape, rows: 3, tokens, part_tokens, bias: true, scattered: true }
+        Prefix { shape, rows: 3, tokens, part_tokens, bias: true, hidden: 0, scattered: true }
             .check::<bf16>(7);
+    }
+}
+
+/// Whole tiles, whole parts and whole cartridges without a visible key.
+#[test]
+fn prefix_attention_does_not_see_keys_with_a_bias_of_minus_infinity() {
+    for (seed, (tokens, hidden, part_tokens)) in
+        (300..).zip([(80, 1, 80), (130, 64, 130), (200, 150, 70), (70, 70, 64)])
+    {
+        let shape = shape(4, 2, 32);
+        Prefix { shape, rows: 3, tokens, part_tokens, bias: true, hidden, scattered: false }
+            .check::<bf16>(seed);
     }
 }
