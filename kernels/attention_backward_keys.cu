@@ -30,8 +30,10 @@ template <typename Element, int HEAD_DIM> struct KeyBlock {
     static constexpr int COLUMNS = D / SPLIT;
     static constexpr int THREADS = 128;
     static constexpr int KEYS = WARP_ROWS * THREADS / 32;
-    static constexpr int ROWS = D <= 64 ? 64 : 32; // of a tile: what registers allow
+    static constexpr int ROWS = D <= 96 ? 64 : 32; // of a tile: what registers allow
     static constexpr bool KEPT = D <= 64;          // keys and values in registers, as operands
+    // Blocks that registers let an SM hold at once; the compiler is kept to it.
+    static constexpr int RESIDENT = D <= 32 ? 3 : D <= 128 ? 2 : 1;
     static constexpr int STRIDE = tile_stride(D);
     static constexpr int SHARED_BYTES =
         (2 * KEYS + 2 * ROWS) * STRIDE * static_cast<int>(sizeof(T)) + 2 * ROWS * static_cast<int>(sizeof(float));
@@ -70,11 +72,11 @@ template <typename Element, int HEAD_DIM> struct KeyBlock {
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         auto query = [=](int row) { return q + place(row) * D; };
         auto slope = [=](int row) { return d_out + place(row) * D; };
-        // Rows that are not there get no weight: 2^-inf.
+        // Rows that are not there have zeroes in all: weights of one, for slopes of zero.
         auto statistic = [=](int first) {
             const int i = threadIdx.x, row = first + i % ROWS;
-            if (i < ROWS) return row < end ? lse[place(row)] * LOG2_E : INFINITY;
-            return i < 2 * ROWS && row < end ? delta[place(row)] : 0.0f;
+            if (i >= 2 * ROWS || row >= end) return 0.0f;
+            return i < ROWS ? lse[place(row)] * LOG2_E : delta[place(row)];
         };
         load_rows<T, D, KEYS, THREADS>(keys, key, first_key, present, threadIdx.x);
         load_rows<T, D, KEYS, THREADS>(values, value, first_key, present, threadIdx.x);
@@ -192,13 +194,13 @@ __device__ __forceinline__ void backward_prefix(const typename B::T *q, const ty
 }
 
 #define INSTANCE(T, D)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(128) attention_backward_own_##T##_d##D(                        \
+    extern "C" __global__ void __launch_bounds__(128, KeyBlock<T, D>::RESIDENT) attention_backward_own_##T##_d##D(                        \
         const T *q, const T *k, const T *v, const int *cu_seqlens, const T *d_out, const float *lse,            \
         const float *delta, T *dk, T *dv, int heads, int kv_heads, float scale) {                               \
         backward_own<KeyBlock<T, D>>(q, k, v, cu_seqlens, d_out, lse, delta, dk, dv, heads, kv_heads, scale);   \
     }                                                                                                           \
     KERNEL(attention_backward_own_##T##_d##D, (KeyBlock<T, D>::THREADS), (KeyBlock<T, D>::SHARED_BYTES))        \
-    extern "C" __global__ void __launch_bounds__(128) attention_backward_prefix_##T##_d##D(                     \
+    extern "C" __global__ void __launch_bounds__(128, KeyBlock<T, D>::RESIDENT) attention_backward_prefix_##T##_d##D(                     \
         const T *q, const T *prefix_k, const T *prefix_v, const T *d_out, const float *lse, const float *delta, \
         float *dk, float *dv, int tokens, int heads, int kv_heads, int prefix, int64_t prefix_stride,           \
         int part_rows, float scale) {                                                                           \

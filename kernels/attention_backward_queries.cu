@@ -20,6 +20,8 @@ template <typename Element, int HEAD_DIM> struct QueryBlock {
     static constexpr int ROWS = WARP_ROWS * THREADS / 32;
     static constexpr int KEYS = D <= 128 ? 64 : 32; // of a tile: what registers allow
     static constexpr bool KEPT = D <= 64;           // queries and d_out in registers, as operands
+    // Blocks that registers let an SM hold at once; the compiler is kept to it.
+    static constexpr int RESIDENT = D <= 32 ? 4 : D <= 96 ? 3 : D <= 128 ? 2 : 1;
     static constexpr int SHARED_BYTES = (2 * ROWS + 2 * KEYS) * tile_stride(D) * static_cast<int>(sizeof(T));
 };
 
@@ -53,7 +55,7 @@ __device__ __forceinline__ void backward_queries(const typename B::T *q, const t
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = warp * WARP_ROWS + lane / 4 + 8 * half;
-        row_lse[half] = row < count ? lse[place(row)] * LOG2_E : INFINITY;
+        row_lse[half] = row < count ? lse[place(row)] * LOG2_E : 0.0f;
         row_delta[half] = row < count ? delta[place(row)] : 0.0f;
     }
 #pragma unroll
@@ -122,7 +124,7 @@ __device__ __forceinline__ void backward_queries(const typename B::T *q, const t
 }
 
 #define INSTANCE(T, D)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(128) attention_backward_queries_##T##_d##D(                   \
+    extern "C" __global__ void __launch_bounds__(128, QueryBlock<T, D>::RESIDENT) attention_backward_queries_##T##_d##D(                   \
         const T *q, const T *k, const T *v, const T *prefix_k, const T *prefix_v, const int *cu_seqlens,       \
         const T *d_out, const float *lse, const float *delta, T *dq, int heads, int kv_heads, int prefix,      \
         int64_t prefix_stride, float scale) {                                                                  \

@@ -5,7 +5,7 @@ mod kernels_support;
 use candle_core::{Device, Tensor, Var};
 use cartouche::ops::attention::prefix_attention;
 use half::{bf16, f16};
-use kernels_support::{Buffer, Library, Number, Random, Shape, shape};
+use kernels_support::{Buffer, Library, Number, Random, Shape, Side, check_one, shape};
 
 const SCALE: f32 = 0.3;
 
@@ -29,23 +29,17 @@ struct Inputs<T> {
     prefix_stride: usize,
 }
 
-/// Of q, k, v, prefix keys and values. Those of the prefix lie as in its buffer, in f32 and without gaps.
-#[derive(PartialEq, Debug)]
+/// Of q, k, v, and of prefix keys and values; each contiguous.
+#[derive(PartialEq)]
 struct Gradients<T> {
     own: [Vec<T>; 3],
     prefix: [Vec<f32>; 2],
 }
 
-/// The twin's gradients, and the size of their terms.
+/// The twin's gradients of q, k, v, prefix keys and values, and the size of their terms.
 struct Twin {
     gradients: [Vec<f64>; 5],
     noise: [Vec<f64>; 5],
-}
-
-#[repr(C)]
-struct TwinPointers {
-    gradients: [*mut f64; 5],
-    noise: [*mut f64; 5],
 }
 
 impl Case {
@@ -106,60 +100,76 @@ impl Case {
         }
     }
 
+    /// Of q, k, v, prefix keys and values.
+    fn shapes(&self) -> [(usize, usize, usize); 5] {
+        let Shape { heads, kv_heads, dim } = self.shape;
+        let (own, prefix) = ((self.tokens(), kv_heads, dim), (kv_heads, self.prefix, dim));
+        [(self.tokens(), heads, dim), own, own, prefix, prefix]
+    }
+
     /// Fills in the forward's result.
     fn twin<T: Number>(&self, inputs: &Inputs<T>) -> Twin {
         let Shape { heads, kv_heads, dim } = self.shape;
-        let zeros = || inputs.tensors.each_ref().map(|tensor| vec![0f64; tensor.read().len()]);
-        let mut twin = Twin { gradients: zeros(), noise: zeros() };
-        let to = TwinPointers {
-            gradients: twin.gradients.each_mut().map(|sums| sums.as_mut_ptr()),
-            noise: twin.noise.each_mut().map(|sums| sums.as_mut_ptr()),
+        let lengths = self.shapes().map(|(a, b, c)| a * b * c);
+        let all: usize = lengths.iter().sum();
+        let gradients = Buffer::<f64>::poisoned(all, Side::Back);
+        let noise = Buffer::<f64>::poisoned(all, Side::Back);
+        let [q, k, v, prefix_k, prefix_v] = &inputs.tensors;
+        Library::of("kernels/reference/attention_backward.cpp").call(
+            &format!("reference_attention_backward_{}", T::NAME),
+            args![
+                q,
+                k,
+                v,
+                prefix_k,
+                prefix_v,
+                &inputs.cu_seqlens,
+                &inputs.d_out,
+                &inputs.out,
+                &inputs.lse,
+                &gradients,
+                &noise,
+                self.lengths.len() as i32,
+                heads as i32,
+                kv_heads as i32,
+                self.prefix as i32,
+                inputs.prefix_stride as i64,
+                dim as i32,
+                SCALE,
+            ],
+        );
+        let split = |numbers: Vec<f64>| {
+            let mut rest = &numbers[..];
+            lengths.map(|len| rest.split_off(..len).unwrap().to_vec())
         };
-        type Backward = extern "C" fn(
-            usize,
-            usize,
-            usize,
-            usize,
-            usize,
-            usize,
-            usize,
-            usize,
-            usize,
-            *const TwinPointers,
-            i32,
-            i32,
-            i32,
-            i32,
-            i64,
-            i32,
-            f32,
+        Twin { gradients: split(gradients.read()), noise: split(noise.read()) }
+    }
+
+    /// The forward's result, from its kernel.
+    fn forward<T: Number>(&self, inputs: &Inputs<T>, order: u64) {
+        let Shape { heads, kv_heads, dim } = self.shape;
+        let longest = self.lengths.iter().max().unwrap();
+        let [q, k, v, prefix_k, prefix_v] = &inputs.tensors;
+        Library::of("kernels/attention_packed.cu").launch(
+            &format!("attention_packed_{}_d{dim}", T::NAME),
+            [(longest * self.shared_by()).div_ceil(64), kv_heads, self.lengths.len()],
+            order,
+            args![
+                q,
+                k,
+                v,
+                prefix_k,
+                prefix_v,
+                &inputs.cu_seqlens,
+                &inputs.out,
+                &inputs.lse,
+                heads as i32,
+                kv_heads as i32,
+                self.prefix as i32,
+                inputs.prefix_stride as i64,
+                SCALE,
+            ],
         );
-        let symbol = Library::of("kernels/reference/attention_backward.cpp")
-            .symbol(&format!("reference_attention_backward_{}", T::NAME));
-        // SAFETY: declared so in the reference; all buffers are as long as it expects.
-        let backward: Backward = unsafe { std::mem::transmute(symbol) };
-        let [q, k, v, prefix_k, prefix_v] = inputs.tensors.each_ref().map(Buffer::address);
-        backward(
-            q,
-            k,
-            v,
-            prefix_k,
-            prefix_v,
-            inputs.cu_seqlens.address(),
-            inputs.d_out.address(),
-            inputs.out.address(),
-            inputs.lse.address(),
-            &to,
-            self.lengths.len() as i32,
-            heads as i32,
-            kv_heads as i32,
-            self.prefix as i32,
-            inputs.prefix_stride as i64,
-            dim as i32,
-            SCALE,
-        );
-        twin.noise.iter_mut().flatten().for_each(|noise| *noise = noise.sqrt());
-        twin
     }
 
     /// `order` is that of blocks and threads.
@@ -270,41 +280,29 @@ impl Case {
         let random = &mut Random::new(seed);
         let inputs = self.inputs::<T>(random);
         let twin = self.twin(&inputs);
-        let got = self.run(&inputs, random.seed());
-        for (i, name) in ["dq", "dk", "dv"].into_iter().enumerate() {
-            let pairs = got.own[i].iter().zip(twin.gradients[i].iter().zip(&twin.noise[i]));
-            self.compare::<T, T>(name, pairs);
-        }
-        for (i, name) in ["prefix dk", "prefix dv"].into_iter().enumerate() {
-            let of_head = |sums: &[f64]| self.without_gaps(sums, inputs.prefix_stride);
-            let (want, noise) = (of_head(&twin.gradients[3 + i]), of_head(&twin.noise[3 + i]));
-            assert_eq!(got.prefix[i].len(), want.len());
-            self.compare::<T, f32>(name, got.prefix[i].iter().zip(want.iter().zip(&noise)));
+        let Gradients { own, prefix } = self.run(&inputs, random.seed());
+        for (i, name) in NAMES.into_iter().enumerate() {
+            let (wanted, noise) = (&twin.gradients[i], &twin.noise[i]);
+            // Weights and slopes are rounded to T, and gradients to what they are stored as.
+            let (got, rounding) = match i {
+                0..3 => (wide(&own[i]), T::EPSILON),
+                _ => (prefix[i - 3].clone(), f32::EPSILON.into()),
+            };
+            assert_eq!(got.len(), wanted.len());
+            for (at, (got, (want, noise))) in got.iter().zip(wanted.iter().zip(noise)).enumerate() {
+                let most = 4.0 * T::EPSILON * noise + 2.0 * rounding * want.abs() + 2e-6;
+                check_one(f64::from(*got), *want, most, || {
+                    format!("{}: {name}[{at}]", self.name())
+                });
+            }
         }
     }
+}
 
-    /// `[kv_heads, prefix, dim]`.
-    fn without_gaps<N: Copy>(&self, numbers: &[N], stride: usize) -> Vec<N> {
-        let used = self.prefix * self.shape.dim;
-        (0..self.shape.kv_heads)
-            .flat_map(|head| numbers[head * stride..][..used].to_vec())
-            .collect()
-    }
+const NAMES: [&str; 5] = ["dq", "dk", "dv", "prefix dk", "prefix dv"];
 
-    /// `T`: the type that weights and slopes are rounded to, `O` that of the gradient.
-    #[track_caller]
-    fn compare<'a, T: Number, O: Number + 'a>(
-        &self,
-        name: &str,
-        pairs: impl Iterator<Item = (&'a O, (&'a f64, &'a f64))>,
-    ) {
-        for (i, (got, (want, noise))) in pairs.enumerate() {
-            let got = f64::from(got.to_f32());
-            let most = 4.0 * T::EPSILON * noise + 2.0 * O::EPSILON * want.abs() + 2e-6;
-            let fine = (got - want).abs() <= most;
-            assert!(fine, "{}: {name}[{i}] is {got}, not {want} (within {most:e})", self.name());
-        }
-    }
+fn wide<T: Number>(numbers: &[T]) -> Vec<f32> {
+    numbers.iter().map(|x| x.to_f32()).collect()
 }
 
 #[test]
@@ -361,43 +359,34 @@ fn the_bits_do_not_depend_on_the_order_of_blocks_and_threads() {
 /// The crate computes in f32 with the same inputs. The kernels' output, weights and slopes are rounded to 16
 /// bits on the way, each by at most EPSILON; over a whole tensor these average out to less than three of it.
 #[test]
-fn gradients_are_those_of_the_crate() -> candle_core::Result<()> {
+fn forward_and_backward_give_the_gradients_of_the_crate() -> candle_core::Result<()> {
     gradients_as_in_the_crate::<bf16>()?;
     gradients_as_in_the_crate::<f16>()
 }
 
 fn gradients_as_in_the_crate<T: Number>() -> candle_core::Result<()> {
     let case = Case::new((8, 2, 64), 75, &[66, 1, 20], 100);
-    let Shape { heads, kv_heads, dim } = case.shape;
     let inputs = case.inputs::<T>(&mut Random::new(5));
-    case.twin(&inputs);
+    case.forward(&inputs, 7);
     let got = case.run(&inputs, 6);
-    let wide = |numbers: &[T]| numbers.iter().map(|x| x.to_f32()).collect::<Vec<_>>();
-    let tokens = case.tokens();
-    let shapes = [
-        (tokens, heads, dim),
-        (tokens, kv_heads, dim),
-        (tokens, kv_heads, dim),
-        (kv_heads, case.prefix, dim),
-        (kv_heads, case.prefix, dim),
-    ];
     let mut vars = Vec::new();
-    for (i, shape) in shapes.into_iter().enumerate() {
-        let mut numbers = inputs.tensors[i].read();
-        if i >= 3 {
-            numbers = case.without_gaps(&numbers, inputs.prefix_stride);
+    for (tensor, shape) in inputs.tensors.iter().zip(case.shapes()) {
+        let mut numbers = tensor.read();
+        if shape.1 == case.prefix {
+            let heads = numbers.chunks(inputs.prefix_stride);
+            numbers = heads.flat_map(|head| head[..shape.1 * shape.2].to_vec()).collect();
         }
         vars.push(Var::from_tensor(&Tensor::from_vec(wide(&numbers), shape, &Device::Cpu)?)?);
     }
     let cu_seqlens: Vec<u32> = case.cu_seqlens().iter().map(|end| *end as u32).collect();
     let [q, k, v, keys, values] = &vars[..] else { unreachable!() };
     let out = prefix_attention(q, k, v, keys, values, &cu_seqlens, SCALE)?;
-    let d_out = Tensor::from_vec(wide(&inputs.d_out.read()), shapes[0], &Device::Cpu)?;
+    let d_out = Tensor::from_vec(wide(&inputs.d_out.read()), case.shapes()[0], &Device::Cpu)?;
     let gradients = (out * d_out)?.sum_all()?.backward()?;
     let got = got.own.iter().map(|own| wide(own)).chain(got.prefix);
-    for ((var, got), name) in vars.iter().zip(got).zip(["dq", "dk", "dv", "prefix dk", "prefix dv"])
-    {
+    for ((var, got), name) in vars.iter().zip(got).zip(NAMES) {
         let want = gradients.get(var).unwrap().flatten_all()?.to_vec1::<f32>()?;
+        assert_eq!(got.len(), want.len());
         let square = |x: f32| f64::from(x) * f64::from(x);
         let error: f64 = want.iter().zip(&got).map(|(want, got)| square(want - got)).sum();
         let size: f64 = want.iter().map(|want| square(*want)).sum();

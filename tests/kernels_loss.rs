@@ -4,7 +4,7 @@ mod kernels_support;
 
 use cartouche::train::row_loss;
 use half::bf16;
-use kernels_support::{Buffer, Library, Number, Random};
+use kernels_support::{Buffer, Library, Number, Random, Side, check_one};
 
 struct Case<T> {
     vocab: usize,
@@ -84,54 +84,35 @@ impl<T: Number> Case<T> {
     fn check(&self, order: u64) {
         let case = format!("{} of {}, scale {}", T::NAME, self.vocab, self.scale);
         let (starts, ids, probs) = self.entries();
-        let mut losses = vec![f64::NAN; self.targets.len()];
-        let mut gradient = vec![f64::NAN; self.logits.len()];
-        let mut size = gradient.clone();
-        let symbol = Library::of("kernels/reference/distillation_loss.cpp")
-            .symbol(&format!("reference_distillation_loss_{}", T::NAME));
-        type Twin = extern "C" fn(
-            *const u8,
-            *const i32,
-            *const i32,
-            *const f32,
-            *mut f64,
-            *mut f64,
-            *mut f64,
-            i32,
-            i32,
-            f32,
-            f32,
+        let poisoned = |len| Buffer::<f64>::poisoned(len, Side::Back);
+        let (losses, gradient) = (poisoned(self.targets.len()), poisoned(self.logits.len()));
+        let size = poisoned(self.logits.len());
+        Library::of("kernels/reference/distillation_loss.cpp").call(
+            &format!("reference_distillation_loss_{}", T::NAME),
+            args![
+                &Buffer::of(&self.logits, Side::Back),
+                &Buffer::of(&starts, Side::Back),
+                &Buffer::of(&ids, Side::Back),
+                &Buffer::of(&probs, Side::Back),
+                &losses,
+                &gradient,
+                &size,
+                self.targets.len() as i32,
+                self.vocab as i32,
+                self.scale,
+                self.unit,
+            ],
         );
-        // SAFETY: declared so in the reference; all slices are as long as it expects.
-        let twin: Twin = unsafe { std::mem::transmute(symbol) };
-        twin(
-            self.logits.as_ptr().cast(),
-            starts.as_ptr(),
-            ids.as_ptr(),
-            probs.as_ptr(),
-            losses.as_mut_ptr(),
-            gradient.as_mut_ptr(),
-            size.as_mut_ptr(),
-            self.targets.len() as i32,
-            self.vocab as i32,
-            self.scale,
-            self.unit,
-        );
+        let (losses, gradient, size) = (losses.read(), gradient.read(), size.read());
         let got = self.run(true, order);
         for (row, (got, want)) in got.losses.iter().zip(&losses).enumerate() {
-            let got = f64::from(*got);
-            assert!(
-                (got - want).abs() <= 3e-6 + 3e-6 * want,
-                "{case}: loss {row} is {got}, not {want}"
-            );
+            check_one(f64::from(*got), *want, 3e-6 + 3e-6 * want, || format!("{case}: loss {row}"));
         }
-        for (i, (got, (want, size))) in
-            got.logits.iter().zip(gradient.iter().zip(&size)).enumerate()
-        {
-            let got = f64::from(got.to_f32());
+        let slopes = got.logits.iter().zip(gradient.iter().zip(&size));
+        for (i, (got, (want, size))) in slopes.enumerate() {
             let most = 2.0 * T::EPSILON * want.abs() + 2e-5 * size + 1e-37;
             let at = (i / self.vocab, i % self.vocab);
-            assert!((got - want).abs() <= most, "{case}: slope {at:?} is {got}, not {want}");
+            check_one(f64::from(got.to_f32()), *want, most, || format!("{case}: slope {at:?}"));
         }
         self.check_crate(&got, &case);
         let loss_only = self.run(false, order + 1);

@@ -3,43 +3,54 @@
 // The forward's result is rounded as its kernel rounds it, and the gradients are those of the rounded one, so
 // that what remains is the kernels' own error. `noise` beside each gradient: the root of the sum of squares of
 // its terms. Kernels round weights and slopes to 16 bits, so their error is a few times 2^-9 of that (bf16).
+#include "../simt/call.hpp"
 #include "../simt/numbers.hpp"
 #include <cmath>
 #include <vector>
 
 namespace {
-// Each `[.., dim]` like its tensor: gradients of q, k, v, prefix_k, prefix_v; parallel to it their noise, squared.
-struct Gradients {
-    double *sum[5], *noise[5];
-    void add(int of, int64_t at, double term, double more_noise = 0) {
-        sum[of][at] += term;
-        noise[of][at] += term * term + more_noise * more_noise;
-    }
-};
-
 template <typename T> double dot(const T *a, const T *b, int dim) {
     double sum = 0;
     for (int d = 0; d < dim; ++d) sum += static_cast<double>(to_float(a[d])) * to_float(b[d]);
     return sum;
 }
 
+// The sum of |a| (|b| + |c|).
+template <typename T> double size(const T *a, const T *b, const T *c, int dim) {
+    double sum = 0;
+    for (int d = 0; d < dim; ++d)
+        sum += std::fabs(static_cast<double>(to_float(a[d]))) * (std::fabs(to_float(b[d])) + std::fabs(to_float(c[d])));
+    return sum;
+}
+
+// Writes `out`, `lse`, and to `sums` and `noise` the gradients of q, k, v, prefix_k, prefix_v one after the other,
+// each of them contiguous.
 template <typename T>
 void backward(const T *q, const T *k, const T *v, const T *prefix_k, const T *prefix_v, const int *cu_seqlens,
-              const T *d_out, T *out, float *lse, Gradients &to, int sequences, int heads, int kv_heads, int prefix,
-              int64_t prefix_stride, int dim, float scale) {
+              const T *d_out, T *out, float *lse, double *sums, double *noise, int sequences, int heads, int kv_heads,
+              int prefix, int64_t prefix_stride, int dim, float scale) {
+    const int64_t tokens = cu_seqlens[sequences];
+    const int64_t begin_k = tokens * heads * dim, begin_v = begin_k + tokens * kv_heads * dim;
+    const int64_t begin_prefix_k = begin_v + tokens * kv_heads * dim, prefix_size = static_cast<int64_t>(kv_heads) * prefix * dim;
+    const int64_t all = begin_prefix_k + 2 * prefix_size;
+    for (int64_t i = 0; i < all; ++i) sums[i] = noise[i] = 0;
+    auto add = [=](int64_t at, double term, double more_noise) {
+        sums[at] += term;
+        noise[at] += term * term + more_noise * more_noise;
+    };
     std::vector<double> weights, mean(static_cast<size_t>(dim));
-    for (int i = 0; i < sequences; ++i)
-        for (int row = cu_seqlens[i]; row < cu_seqlens[i + 1]; ++row)
+    for (int sequence = 0; sequence < sequences; ++sequence)
+        for (int64_t row = cu_seqlens[sequence]; row < cu_seqlens[sequence + 1]; ++row)
             for (int head = 0; head < heads; ++head) {
-                const int64_t kv_head = head / (heads / kv_heads), at = (static_cast<int64_t>(row) * heads + head) * dim;
-                const int keys = prefix + row - cu_seqlens[i] + 1;
-                // Where key j is, in the prefix's tensors or the sequences'.
-                auto place = [&](int j) {
-                    return j < prefix ? kv_head * prefix_stride + static_cast<int64_t>(j) * dim
-                                      : (static_cast<int64_t>(cu_seqlens[i] + j - prefix) * kv_heads + kv_head) * dim;
+                const int64_t at = (row * heads + head) * dim, kv_head = head / (heads / kv_heads);
+                const int keys = prefix + static_cast<int>(row) - cu_seqlens[sequence] + 1;
+                // Key j in the tensors of the sequences.
+                auto own = [=](int j) {
+                    return (static_cast<int64_t>(cu_seqlens[sequence] + j - prefix) * kv_heads + kv_head) * dim;
                 };
-                auto key = [&](int j) { return (j < prefix ? prefix_k : k) + place(j); };
-                auto value = [&](int j) { return (j < prefix ? prefix_v : v) + place(j); };
+                auto place = [=](int j) { return j < prefix ? kv_head * prefix_stride + static_cast<int64_t>(j) * dim : own(j); };
+                auto key = [=](int j) { return (j < prefix ? prefix_k : k) + place(j); };
+                auto value = [=](int j) { return (j < prefix ? prefix_v : v) + place(j); };
                 double most = -INFINITY, sum = 0;
                 weights.clear();
                 for (int j = 0; j < keys; ++j) {
@@ -57,34 +68,24 @@ void backward(const T *q, const T *k, const T *v, const T *prefix_k, const T *pr
 
                 const double delta = dot(out + at, d_out + at, dim);
                 for (int j = 0; j < keys; ++j) {
-                    const double slope = weights[j] * (dot(value(j), d_out + at, dim) - delta) * static_cast<double>(scale);
-                    // The difference is one of two f32 sums over the head, which may nearly cancel.
-                    double size = 0;
-                    for (int d = 0; d < dim; ++d)
-                        size += std::fabs(static_cast<double>(to_float(d_out[at + d]))) *
-                                (std::fabs(to_float(value(j)[d])) + std::fabs(to_float(out[at + d])));
-                    size *= weights[j] * static_cast<double>(scale) / 1024;
-                    const int of_keys = j < prefix ? 3 : 1;
+                    const double weight = weights[j] * static_cast<double>(scale);
+                    const double slope = weight * (dot(value(j), d_out + at, dim) - delta);
+                    // It is the difference of two f32 sums over the head, which may nearly cancel.
+                    const double error = weight * size(d_out + at, value(j), out + at, dim) / 1024;
+                    const int64_t in_prefix = (kv_head * prefix + j) * dim;
+                    const int64_t to_k = j < prefix ? begin_prefix_k + in_prefix : begin_k + own(j);
+                    const int64_t to_v = j < prefix ? begin_prefix_k + prefix_size + in_prefix : begin_v + own(j);
                     for (int d = 0; d < dim; ++d) {
-                        const double qd = to_float(q[at + d]), kd = to_float(key(j)[d]);
-                        to.add(0, at + d, slope * kd, size * kd);
-                        to.add(of_keys, place(j) + d, slope * qd, size * qd);
-                        to.add(of_keys + 1, place(j) + d, weights[j] * to_float(d_out[at + d]));
+                        const double query = to_float(q[at + d]), of_key = to_float(key(j)[d]);
+                        add(at + d, slope * of_key, error * of_key);
+                        add(to_k + d, slope * query, error * query);
+                        add(to_v + d, weights[j] * to_float(d_out[at + d]), 0);
                     }
                 }
             }
+    for (int64_t i = 0; i < all; ++i) noise[i] = std::sqrt(noise[i]);
 }
 } // namespace
 
-// `out` and `lse` are written, gradients and noise (zero before) added to; take the root of the noise.
-#define INSTANCE(T)                                                                                                 \
-    extern "C" __attribute__((visibility("default"))) void reference_attention_backward_##T(                        \
-        const T *q, const T *k, const T *v, const T *prefix_k, const T *prefix_v, const int *cu_seqlens,            \
-        const T *d_out, T *out, float *lse, Gradients *to, int sequences, int heads, int kv_heads, int prefix,      \
-        int64_t prefix_stride, int dim, float scale) {                                                              \
-        backward(q, k, v, prefix_k, prefix_v, cu_seqlens, d_out, out, lse, *to, sequences, heads, kv_heads, prefix, \
-                 prefix_stride, dim, scale);                                                                        \
-    }
-
-INSTANCE(bf16)
-INSTANCE(f16)
+REFERENCE(reference_attention_backward_bf16, backward<bf16>)
+REFERENCE(reference_attention_backward_f16, backward<f16>)

@@ -1,6 +1,7 @@
 // The distillation loss of one row after the other in f64.
 //
 // `size` beside the gradient: the sum of the sizes of its two terms, which the kernel subtracts in f32.
+#include "../simt/call.hpp"
 #include "../simt/numbers.hpp"
 #include <cmath>
 
@@ -31,12 +32,5 @@ void distillation_loss(const T *logits, const int *starts, const int *ids, const
 }
 } // namespace
 
-#define INSTANCE(T, name)                                                                                       \
-    extern "C" __attribute__((visibility("default"))) void reference_distillation_loss_##name(                  \
-        const T *logits, const int *starts, const int *ids, const float *probs, double *losses,                 \
-        double *gradient, double *size, int rows, int vocab, float scale, float unit) {                         \
-        distillation_loss(logits, starts, ids, probs, losses, gradient, size, rows, vocab, scale, unit);        \
-    }
-
-INSTANCE(bf16, bf16)
-INSTANCE(float, f32)
+REFERENCE(reference_distillation_loss_bf16, distillation_loss<bf16>)
+REFERENCE(reference_distillation_loss_f32, distillation_loss<float>)
