@@ -71,7 +71,9 @@ template <typename Element, int HEAD_DIM> struct Block {
 };
 
 // Two neighbouring numbers of the result. f32 for partial results, the model's type for final ones.
-__device__ __forceinline__ void store2(float *to, float a, float b) { *reinterpret_cast<float2 *>(to) = make_float2(a, b); }
+__device__ __forceinline__ void store2(float *to, float a, float b) {
+    *reinterpret_cast<float2 *>(to) = make_float2(a, b);
+}
 template <typename T> __device__ __forceinline__ void store2(T *to, float a, float b) {
     *reinterpret_cast<uint32_t *>(to) = pack2<T>(a, b);
 }

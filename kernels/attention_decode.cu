@@ -123,14 +123,16 @@ __device__ __forceinline__ void attention_decode(const typename C::T *q, const t
     }
 }
 
-#define INSTANCE(T, D)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(128, Decode<T, D>::RESIDENT) attention_decode_##T##_d##D(                               \
-        const T *q, const T *k, const T *v, const int *tables, const int *lengths, const int *row_ids,           \
-        const int *slots, float *out, float *lse, int heads, int kv_heads, int table_stride, int part_tokens,    \
-        float scale) {                                                                                           \
-        attention_decode<Decode<T, D>>(q, k, v, tables, lengths, row_ids, slots, out, lse, heads, kv_heads,      \
-                                       table_stride, part_tokens, scale);                                        \
-    }                                                                                                            \
+#define INSTANCE(T, D)                                                                             \
+    extern "C" __global__ void __launch_bounds__(128, Decode<T, D>::RESIDENT)                      \
+        attention_decode_##T##_d##D(                                                               \
+            const T *q, const T *k, const T *v, const int *tables, const int *lengths,             \
+            const int *row_ids, const int *slots, float *out, float *lse, int heads, int kv_heads, \
+            int table_stride, int part_tokens, float scale) {                                      \
+        attention_decode<Decode<T, D>>(                                                            \
+            q, k, v, tables, lengths, row_ids, slots, out, lse, heads, kv_heads, table_stride,     \
+            part_tokens, scale);                                                                   \
+    }                                                                                              \
     KERNEL(attention_decode_##T##_d##D, (Decode<T, D>::THREADS), (Decode<T, D>::SHARED_BYTES))
 
 INSTANCE(bf16, 16)

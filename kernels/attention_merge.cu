@@ -39,12 +39,14 @@ __device__ __forceinline__ void attention_merge(const float *parts, const float 
 }
 
 using f32 = float;
-#define INSTANCE(T)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(128, 8) attention_merge_##T(                                     \
-        const float *parts, const float *lse, const int *first, const int *row_ids, T *out, float *out_lse,    \
-        int heads, int dim) {                                                                                  \
-        attention_merge(parts, lse, first, row_ids, out, out_lse, heads, dim);                                 \
-    }                                                                                                          \
+#define INSTANCE(T)                                                                              \
+    extern "C" __global__ void __launch_bounds__(128, 8)                                         \
+        attention_merge_##T(                                                                     \
+            const float *parts, const float *lse, const int *first, const int *row_ids, T *out,  \
+            float *out_lse, int heads, int dim) {                                                \
+        attention_merge(                                                                         \
+            parts, lse, first, row_ids, out, out_lse, heads, dim);                               \
+    }                                                                                            \
     KERNEL(attention_merge_##T, 128, 0)
 
 INSTANCE(bf16)

@@ -58,13 +58,16 @@ __device__ __forceinline__ void attention_packed(const typename B::T *q, const t
     }
 }
 
-#define INSTANCE(T, D)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(128, Block<T, D>::RESIDENT) attention_packed_##T##_d##D(                            \
-        const T *q, const T *k, const T *v, const T *prefix_k, const T *prefix_v, const int *cu_seqlens,      \
-        T *out, float *lse, int heads, int kv_heads, int prefix, int64_t prefix_stride, float scale) {        \
-        attention_packed<Block<T, D>>(q, k, v, prefix_k, prefix_v, cu_seqlens, out, lse, heads, kv_heads,     \
-                                      prefix, prefix_stride, scale);                                          \
-    }                                                                                                         \
+#define INSTANCE(T, D)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(128, Block<T, D>::RESIDENT)                           \
+        attention_packed_##T##_d##D(                                                                   \
+            const T *q, const T *k, const T *v, const T *prefix_k, const T *prefix_v,                  \
+            const int *cu_seqlens, T *out, float *lse, int heads, int kv_heads, int prefix,            \
+            int64_t prefix_stride, float scale) {                                                      \
+        attention_packed<Block<T, D>>(                                                                 \
+            q, k, v, prefix_k, prefix_v, cu_seqlens, out, lse, heads, kv_heads, prefix, prefix_stride, \
+            scale);                                                                                    \
+    }                                                                                                  \
     KERNEL(attention_packed_##T##_d##D, (Block<T, D>::THREADS), (Block<T, D>::SHARED_BYTES))
 
 INSTANCE(bf16, 16)

@@ -50,13 +50,15 @@ __device__ __forceinline__ void attention_prefill(const typename B::T *q, const 
     }
 }
 
-#define INSTANCE(T, D)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(128, Block<T, D>::RESIDENT) attention_prefill_##T##_d##D(                           \
-        const T *q, const T *k, const T *v, const int *tables, const int *cu_seqlens, const int *before,      \
-        const int *slots, float *out, float *lse, int heads, int kv_heads, int table_stride, float scale) {   \
-        attention_prefill<Block<T, D>>(q, k, v, tables, cu_seqlens, before, slots, out, lse, heads, kv_heads, \
-                                       table_stride, scale);                                                  \
-    }                                                                                                         \
+#define INSTANCE(T, D)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(128, Block<T, D>::RESIDENT)                             \
+        attention_prefill_##T##_d##D(                                                                    \
+            const T *q, const T *k, const T *v, const int *tables, const int *cu_seqlens,                \
+            const int *before, const int *slots, float *out, float *lse, int heads, int kv_heads,        \
+            int table_stride, float scale) {                                                             \
+        attention_prefill<Block<T, D>>(                                                                  \
+            q, k, v, tables, cu_seqlens, before, slots, out, lse, heads, kv_heads, table_stride, scale); \
+    }                                                                                                    \
     KERNEL(attention_prefill_##T##_d##D, (Block<T, D>::THREADS), (Block<T, D>::SHARED_BYTES))
 
 INSTANCE(bf16, 16)

@@ -45,14 +45,16 @@ __device__ __forceinline__ void attention_prefix(const typename B::T *q, const t
     }
 }
 
-#define INSTANCE(T, D)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(128, Block<T, D>::RESIDENT) attention_prefix_##T##_d##D(                            \
-        const T *q, const T *k, const T *v, const float *bias, const int *row_ids, const int *slots,          \
-        float *out, float *lse, int rows, int heads, int kv_heads, int tokens, int64_t head_stride,           \
-        int part_tokens, float scale) {                                                                       \
-        attention_prefix<Block<T, D>>(q, k, v, bias, row_ids, slots, out, lse, rows, heads, kv_heads, tokens, \
-                                      head_stride, part_tokens, scale);                                       \
-    }                                                                                                         \
+#define INSTANCE(T, D)                                                                               \
+    extern "C" __global__ void __launch_bounds__(128, Block<T, D>::RESIDENT)                         \
+        attention_prefix_##T##_d##D(                                                                 \
+            const T *q, const T *k, const T *v, const float *bias, const int *row_ids,               \
+            const int *slots, float *out, float *lse, int rows, int heads, int kv_heads, int tokens, \
+            int64_t head_stride, int part_tokens, float scale) {                                     \
+        attention_prefix<Block<T, D>>(                                                               \
+            q, k, v, bias, row_ids, slots, out, lse, rows, heads, kv_heads, tokens, head_stride,     \
+            part_tokens, scale);                                                                     \
+    }                                                                                                \
     KERNEL(attention_prefix_##T##_d##D, (Block<T, D>::THREADS), (Block<T, D>::SHARED_BYTES))
 
 INSTANCE(bf16, 16)

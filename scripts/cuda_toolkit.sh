@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the CUDA compiler (nvcc 13.0) from Python wheels: no GPU, no driver, no root. 104 MB to fetch, 271 MB on disk.
+# Installs the CUDA compiler (nvcc 13.0) from Python wheels: no GPU, driver or root; 104 MB to fetch, 271 MB on disk.
 #   scripts/cuda_toolkit.sh FOLDER      prints what to export
 # Needs Python 3 with venv, and g++ or clang++ for what nvcc leaves to the host. Versions are pinned: code of a newer
 # nvcc is refused by drivers of the 580 series.

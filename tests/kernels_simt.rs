@@ -156,35 +156,38 @@ fn fragments_have_the_documented_layout() {
     }
 }
 
-/// Every bit pattern there and back, and every rounding boundary, against the crate `half`.
+/// Every bit pattern, and what lies half way to the next one, against the crate `half`.
 #[test]
 fn small_floats_round_to_nearest_even() {
     let library = Library::of("tests/kernels_simt/numbers.cpp");
-    let symbol = |name| library.symbol(name);
-    // SAFETY: declared so in numbers.cpp.
-    let (to_bf16, to_f16, of_bf16, of_f16) = unsafe {
-        type Narrow = extern "C" fn(f32) -> u16;
-        type Widen = extern "C" fn(u16) -> f32;
-        (
-            std::mem::transmute::<_, Narrow>(symbol("to_bf16")),
-            std::mem::transmute::<_, Narrow>(symbol("to_f16")),
-            std::mem::transmute::<_, Widen>(symbol("of_bf16")),
-            std::mem::transmute::<_, Widen>(symbol("of_f16")),
-        )
+    let all: Vec<u16> = (0..=u16::MAX).collect();
+    let widened = |function: &str| {
+        let (from, to) =
+            (Buffer::of(&all, Side::Back), Buffer::<f32>::poisoned(1 << 16, Side::Back));
+        library.call(function, args![&from, &to, 1i32 << 16]);
+        to.read()
+    };
+    let narrowed = |function: &str, values: &[f32]| {
+        let from = Buffer::of(values, Side::Back);
+        let to = Buffer::<u16>::poisoned(values.len(), Side::Back);
+        library.call(function, args![&from, &to, values.len() as i32]);
+        to.read()
     };
     let same = |a: f32, b: f32| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+    let (of_bf16, of_f16) = (widened("widen_bf16"), widened("widen_f16"));
     for bits in 0..=u16::MAX {
-        assert!(same(of_bf16(bits), bf16::from_bits(bits).to_f32()), "bf16 {bits:x}");
-        assert!(same(of_f16(bits), f16::from_bits(bits).to_f32()), "f16 {bits:x}");
-        for near in [of_bf16(bits), of_f16(bits)] {
-            let half_way = [1u32 << 12, 1 << 15].map(|bit| f32::from_bits(near.to_bits() ^ bit));
-            for x in
-                [near, half_way[0], half_way[1], half_way[0].next_up(), half_way[1].next_down()]
-            {
-                let (b, h) = (bf16::from_bits(to_bf16(x)), f16::from_bits(to_f16(x)));
-                assert!(same(b.to_f32(), bf16::from_f32(x).to_f32()), "bf16 of {x:e}");
-                assert!(same(h.to_f32(), f16::from_f32(x).to_f32()), "f16 of {x:e}");
-            }
-        }
+        let at = usize::from(bits);
+        assert!(same(of_bf16[at], bf16::from_bits(bits).to_f32()), "bf16 {bits:x}");
+        assert!(same(of_f16[at], f16::from_bits(bits).to_f32()), "f16 {bits:x}");
+    }
+    let mut near = Vec::new();
+    for x in of_bf16.into_iter().chain(of_f16) {
+        let half_way = [1u32 << 12, 1 << 15].map(|bit| f32::from_bits(x.to_bits() ^ bit));
+        near.extend([x, half_way[0], half_way[1], half_way[0].next_up(), half_way[1].next_down()]);
+    }
+    let (to_bf16, to_f16) = (narrowed("narrow_bf16", &near), narrowed("narrow_f16", &near));
+    for (x, (b, h)) in near.into_iter().zip(to_bf16.into_iter().zip(to_f16)) {
+        assert!(same(bf16::from_bits(b).to_f32(), bf16::from_f32(x).to_f32()), "bf16 of {x:e}");
+        assert!(same(f16::from_bits(h).to_f32(), f16::from_f32(x).to_f32()), "f16 of {x:e}");
     }
 }

@@ -69,7 +69,8 @@ inline void __syncwarp(uint32_t mask = 0xffffffffu, SIMT_SITE) {
 }
 template <typename V> V __shfl_xor_sync(uint32_t mask, V value, int with, SIMT_SITE) {
     simt::require_full(mask, "__shfl_xor_sync");
-    return simt::exchange({"__shfl_xor_sync", file, line}, value, [=](unsigned lane) { return (lane ^ with) & 31; });
+    return simt::exchange({"__shfl_xor_sync", file, line}, value,
+                          [=](unsigned lane) { return (lane ^ with) & 31; });
 }
 template <typename V> V __shfl_sync(uint32_t mask, V value, int from, SIMT_SITE) {
     simt::require_full(mask, "__shfl_sync");
@@ -77,11 +78,13 @@ template <typename V> V __shfl_sync(uint32_t mask, V value, int from, SIMT_SITE)
 }
 template <typename V> V __shfl_down_sync(uint32_t mask, V value, unsigned by, SIMT_SITE) {
     simt::require_full(mask, "__shfl_down_sync");
-    return simt::exchange({"__shfl_down_sync", file, line}, value, [=](unsigned lane) { return lane + by > 31 ? lane : lane + by; });
+    return simt::exchange({"__shfl_down_sync", file, line}, value,
+                          [=](unsigned lane) { return lane + by > 31 ? lane : lane + by; });
 }
 template <typename V> V __shfl_up_sync(uint32_t mask, V value, unsigned by, SIMT_SITE) {
     simt::require_full(mask, "__shfl_up_sync");
-    return simt::exchange({"__shfl_up_sync", file, line}, value, [=](unsigned lane) { return lane < by ? lane : lane - by; });
+    return simt::exchange({"__shfl_up_sync", file, line}, value,
+                          [=](unsigned lane) { return lane < by ? lane : lane - by; });
 }
 inline uint32_t __ballot_sync(uint32_t mask, bool value, SIMT_SITE) {
     simt::require_full(mask, "__ballot_sync");
@@ -94,8 +97,12 @@ inline uint32_t __ballot_sync(uint32_t mask, bool value, SIMT_SITE) {
     });
     return own.out[0];
 }
-inline bool __any_sync(uint32_t mask, bool value, SIMT_SITE) { return __ballot_sync(mask, value, file, line) != 0; }
-inline bool __all_sync(uint32_t mask, bool value, SIMT_SITE) { return __ballot_sync(mask, value, file, line) == 0xffffffffu; }
+inline bool __any_sync(uint32_t mask, bool value, SIMT_SITE) {
+    return __ballot_sync(mask, value, file, line) != 0;
+}
+inline bool __all_sync(uint32_t mask, bool value, SIMT_SITE) {
+    return __ballot_sync(mask, value, file, line) == 0xffffffffu;
+}
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline void __threadfence() {}
@@ -201,8 +208,12 @@ template <bool TRANSPOSED> void simt_ldmatrix(uint32_t (&out)[4], const void *ro
     });
     memcpy(out, own.out, sizeof out);
 }
-inline void ldmatrix_x4(uint32_t (&out)[4], const void *row, SIMT_SITE) { simt_ldmatrix<false>(out, row, file, line); }
-inline void ldmatrix_x4_trans(uint32_t (&out)[4], const void *row, SIMT_SITE) { simt_ldmatrix<true>(out, row, file, line); }
+inline void ldmatrix_x4(uint32_t (&out)[4], const void *row, SIMT_SITE) {
+    simt_ldmatrix<false>(out, row, file, line);
+}
+inline void ldmatrix_x4_trans(uint32_t (&out)[4], const void *row, SIMT_SITE) {
+    simt_ldmatrix<true>(out, row, file, line);
+}
 
 template <typename T>
 void mma_16816(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_SITE) {

@@ -1,8 +1,14 @@
 // The emulation's number conversions, for the test.
+#include "simt/call.hpp"
 #include "simt/numbers.hpp"
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-EXPORT uint16_t to_bf16(float x) { return from_float<bf16>(x).bits; }
-EXPORT uint16_t to_f16(float x) { return from_float<f16>(x).bits; }
-EXPORT float of_bf16(uint16_t x) { return to_float(bf16{x}); }
-EXPORT float of_f16(uint16_t x) { return to_float(f16{x}); }
+template <typename T> void widen(const uint16_t *from, float *to, int count) {
+    for (int i = 0; i < count; ++i) to[i] = to_float(T{from[i]});
+}
+template <typename T> void narrow(const float *from, uint16_t *to, int count) {
+    for (int i = 0; i < count; ++i) to[i] = from_float<T>(from[i]).bits;
+}
+REFERENCE(widen_bf16, widen<bf16>)
+REFERENCE(widen_f16, widen<f16>)
+REFERENCE(narrow_bf16, narrow<bf16>)
+REFERENCE(narrow_f16, narrow<f16>)

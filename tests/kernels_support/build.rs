@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use sha2::{Digest, Sha256};
 
-const FLAGS: [&str; 14] = [
+const FLAGS: [&str; 9] = [
     "-std=c++20",
     "-O2",
     "-g1",
@@ -18,11 +18,6 @@ const FLAGS: [&str; 14] = [
     "-fvisibility=hidden",
     "-fno-strict-aliasing",
     "-U_FORTIFY_SOURCE",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-Wno-unknown-pragmas",
-    "-Wno-unknown-warning-option",
 ];
 
 /// A loaded shared library; never unloaded.
