@@ -194,16 +194,17 @@ __device__ __forceinline__ void backward_prefix(const typename B::T *q, const ty
 }
 
 #define INSTANCE(T, D)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(128, KeyBlock<T, D>::RESIDENT) attention_backward_own_##T##_d##D(                        \
+    extern "C" __global__ void __launch_bounds__(128, KeyBlock<T, D>::RESIDENT) attention_backward_own_##T##_d##D( \
         const T *q, const T *k, const T *v, const int *cu_seqlens, const T *d_out, const float *lse,            \
         const float *delta, T *dk, T *dv, int heads, int kv_heads, float scale) {                               \
         backward_own<KeyBlock<T, D>>(q, k, v, cu_seqlens, d_out, lse, delta, dk, dv, heads, kv_heads, scale);   \
     }                                                                                                           \
     KERNEL(attention_backward_own_##T##_d##D, (KeyBlock<T, D>::THREADS), (KeyBlock<T, D>::SHARED_BYTES))        \
-    extern "C" __global__ void __launch_bounds__(128, KeyBlock<T, D>::RESIDENT) attention_backward_prefix_##T##_d##D(                     \
-        const T *q, const T *prefix_k, const T *prefix_v, const T *d_out, const float *lse, const float *delta, \
-        float *dk, float *dv, int tokens, int heads, int kv_heads, int prefix, int64_t prefix_stride,           \
-        int part_rows, float scale) {                                                                           \
+    extern "C" __global__ void __launch_bounds__(128, KeyBlock<T, D>::RESIDENT)                                 \
+        attention_backward_prefix_##T##_d##D(                                                                   \
+            const T *q, const T *prefix_k, const T *prefix_v, const T *d_out, const float *lse,                 \
+            const float *delta, float *dk, float *dv, int tokens, int heads, int kv_heads, int prefix,          \
+            int64_t prefix_stride, int part_rows, float scale) {                                                \
         backward_prefix<KeyBlock<T, D>>(q, prefix_k, prefix_v, d_out, lse, delta, dk, dv, tokens, heads,        \
                                         kv_heads, prefix, prefix_stride, part_rows, scale);                     \
     }                                                                                                           \

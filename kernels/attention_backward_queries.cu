@@ -124,10 +124,11 @@ __device__ __forceinline__ void backward_queries(const typename B::T *q, const t
 }
 
 #define INSTANCE(T, D)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(128, QueryBlock<T, D>::RESIDENT) attention_backward_queries_##T##_d##D(                   \
-        const T *q, const T *k, const T *v, const T *prefix_k, const T *prefix_v, const int *cu_seqlens,       \
-        const T *d_out, const float *lse, const float *delta, T *dq, int heads, int kv_heads, int prefix,      \
-        int64_t prefix_stride, float scale) {                                                                  \
+    extern "C" __global__ void __launch_bounds__(128, QueryBlock<T, D>::RESIDENT)                              \
+        attention_backward_queries_##T##_d##D(                                                                 \
+            const T *q, const T *k, const T *v, const T *prefix_k, const T *prefix_v, const int *cu_seqlens,   \
+            const T *d_out, const float *lse, const float *delta, T *dq, int heads, int kv_heads, int prefix,  \
+            int64_t prefix_stride, float scale) {                                                              \
         backward_queries<QueryBlock<T, D>>(q, k, v, prefix_k, prefix_v, cu_seqlens, d_out, lse, delta, dq,     \
                                            heads, kv_heads, prefix, prefix_stride, scale);                     \
     }                                                                                                          \

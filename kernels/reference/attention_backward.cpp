@@ -31,7 +31,8 @@ void backward(const T *q, const T *k, const T *v, const T *prefix_k, const T *pr
               int prefix, int64_t prefix_stride, int dim, float scale) {
     const int64_t tokens = cu_seqlens[sequences];
     const int64_t begin_k = tokens * heads * dim, begin_v = begin_k + tokens * kv_heads * dim;
-    const int64_t begin_prefix_k = begin_v + tokens * kv_heads * dim, prefix_size = static_cast<int64_t>(kv_heads) * prefix * dim;
+    const int64_t begin_prefix_k = begin_v + tokens * kv_heads * dim;
+    const int64_t prefix_size = static_cast<int64_t>(kv_heads) * prefix * dim;
     const int64_t all = begin_prefix_k + 2 * prefix_size;
     for (int64_t i = 0; i < all; ++i) sums[i] = noise[i] = 0;
     auto add = [=](int64_t at, double term, double more_noise) {
@@ -48,7 +49,9 @@ void backward(const T *q, const T *k, const T *v, const T *prefix_k, const T *pr
                 auto own = [=](int j) {
                     return (static_cast<int64_t>(cu_seqlens[sequence] + j - prefix) * kv_heads + kv_head) * dim;
                 };
-                auto place = [=](int j) { return j < prefix ? kv_head * prefix_stride + static_cast<int64_t>(j) * dim : own(j); };
+                auto place = [=](int j) {
+                    return j < prefix ? kv_head * prefix_stride + static_cast<int64_t>(j) * dim : own(j);
+                };
                 auto key = [=](int j) { return (j < prefix ? prefix_k : k) + place(j); };
                 auto value = [=](int j) { return (j < prefix ? prefix_v : v) + place(j); };
                 double most = -INFINITY, sum = 0;
