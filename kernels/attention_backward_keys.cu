@@ -19,7 +19,7 @@
 //   attention_backward_sum adds the parts; with one part these are the gradients.
 //
 // Limits: base addresses, and strides times 2 bytes, are multiples of 16; 65,535 sequences and parts;
-// tokens * heads / kv_heads < 2^31 - 64; prefix > 0 for its kernel. A q or d_out that is not finite spoils the
+// tokens * (heads / kv_heads)^2 < 2^31; prefix > 0 for its kernel. A q or d_out that is not finite spoils the
 // gradients of all keys of its tile.
 #include "attention_block.cuh"
 
@@ -30,10 +30,10 @@ template <typename Element, int HEAD_DIM> struct KeyBlock {
     static constexpr int COLUMNS = D / SPLIT;
     static constexpr int THREADS = 128;
     static constexpr int KEYS = WARP_ROWS * THREADS / 32;
-    static constexpr int ROWS = D <= 96 ? 64 : 32; // of a tile: what registers allow
+    static constexpr int ROWS = D <= 64 ? 64 : 32; // of a tile: what registers allow
     static constexpr bool KEPT = D <= 64;          // keys and values in registers, as operands
     // Blocks that registers let an SM hold at once; the compiler is kept to it.
-    static constexpr int RESIDENT = D <= 32 ? 3 : D <= 128 ? 2 : 1;
+    static constexpr int RESIDENT = D <= 16 ? 3 : D <= 128 ? 2 : 1;
     static constexpr int STRIDE = tile_stride(D);
     static constexpr int SHARED_BYTES =
         (2 * KEYS + 2 * ROWS) * STRIDE * static_cast<int>(sizeof(T)) + 2 * ROWS * static_cast<int>(sizeof(float));
@@ -62,11 +62,10 @@ template <typename Element, int HEAD_DIM> struct KeyBlock {
     }
 
     // Keys and values `first ..` below `present`, then the rows begin .. end; those from `visible_from` on see
-    // this thread's keys. `place(i)`: where row i stands in `[tokens * heads]`.
-    template <typename Place>
+    // this thread's keys.
     __device__ __forceinline__ void pass(const Strided<T> &key, const Strided<T> &value, int first_key, int present,
                                          const T *q, const T *d_out, const float *lse, const float *delta,
-                                         const Place &place, int begin, int end, const int (&visible_from)[2],
+                                         const GroupRows &place, int begin, int end, const int (&visible_from)[2],
                                          float scale_log2) {
         if (begin >= end) return;
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -158,9 +157,7 @@ __device__ __forceinline__ void backward_own(const typename B::T *q, const typen
     B block(DYNAMIC_SHARED(B::SHARED_BYTES));
     const int64_t at = (static_cast<int64_t>(sequence) * kv_heads + kv_head) * B::D;
     const int64_t stride = static_cast<int64_t>(kv_heads) * B::D;
-    auto place = [=](int row) {
-        return (static_cast<int64_t>(sequence) + row / shared_by) * heads + kv_head * shared_by + row % shared_by;
-    };
+    const GroupRows place(sequence, heads, kv_heads, kv_head);
     // A token's rows see its own key and those before it.
     const int visible_from[2] = {(first + B::key(0)) * shared_by, (first + B::key(1)) * shared_by};
     block.pass(Strided<T>{k + at, stride}, Strided<T>{v + at, stride}, first, length, q, d_out, lse, delta, place,
@@ -181,9 +178,7 @@ __device__ __forceinline__ void backward_prefix(const typename B::T *q, const ty
     const int64_t begin = static_cast<int64_t>(part) * part_rows;
     const int64_t end = min(begin + part_rows, static_cast<int64_t>(rows));
     B block(DYNAMIC_SHARED(B::SHARED_BYTES));
-    auto place = [=](int row) {
-        return static_cast<int64_t>(row / shared_by) * heads + kv_head * shared_by + row % shared_by;
-    };
+    const GroupRows place(0, heads, kv_heads, kv_head);
     const int visible_from[2] = {0, 0}; // every row of every sequence sees all of the prefix
     const int64_t head = kv_head * prefix_stride;
     block.pass(Strided<T>{prefix_k + head, B::D}, Strided<T>{prefix_v + head, B::D}, first, prefix, q, d_out, lse,

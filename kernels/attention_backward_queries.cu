@@ -10,7 +10,7 @@
 // Scores and their slopes P (d_out Vᵀ - delta) are computed again, tile by tile; a row's bits do not depend on
 // the other rows. The gradients of keys and values are another kernel's: no sum needs an atomic addition.
 // grid (ceil(longest * heads / kv_heads / 64), kv_heads, sequences), 128 threads.
-// Limits: those of attention_packed.
+// Limits: those of attention_packed; longest * (heads / kv_heads)^2 < 2^31.
 #include "attention_block.cuh"
 
 template <typename Element, int HEAD_DIM> struct QueryBlock {
@@ -42,11 +42,8 @@ __device__ __forceinline__ void backward_queries(const typename B::T *q, const t
     T *queries = reinterpret_cast<T *>(DYNAMIC_SHARED(B::SHARED_BYTES)), *slopes = queries + ROWS * STRIDE;
     T *keys = slopes + ROWS * STRIDE, *values = keys + KEYS * STRIDE;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    // Where row i of the tile stands in `[tokens * heads]`.
-    auto place = [=](int row) {
-        const int i = first_row + row;
-        return (static_cast<int64_t>(sequence) + i / shared_by) * heads + kv_head * shared_by + i % shared_by;
-    };
+    const GroupRows rows(sequence, heads, kv_heads, kv_head);
+    auto place = [=](int row) { return rows(first_row + row); };
     load_rows<T, D, ROWS, THREADS>(queries, [=](int row) { return q + place(row) * D; }, 0, count, threadIdx.x);
     load_rows<T, D, ROWS, THREADS>(slopes, [=](int row) { return d_out + place(row) * D; }, 0, count, threadIdx.x);
     cp_async_commit();
@@ -79,12 +76,12 @@ __device__ __forceinline__ void backward_queries(const typename B::T *q, const t
         const int64_t stride = of_prefix ? D : static_cast<int64_t>(kv_heads) * D;
         const Strided<T> key{(of_prefix ? prefix_k : k) + at, stride};
         const Strided<T> value{(of_prefix ? prefix_v : v) + at, stride};
-        const int end = of_prefix ? prefix : (first_row + count - 1) / shared_by + 1;
+        const int end = of_prefix ? prefix : rows.token(first_row + count - 1) + 1;
         int limit[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = first_row + warp * WARP_ROWS + lane / 4 + 8 * half;
-            limit[half] = of_prefix ? prefix : min(row / shared_by + 1, end);
+            limit[half] = of_prefix ? prefix : min(rows.token(row) + 1, end);
         }
         if (end > 0) load_rows<T, D, KEYS, THREADS>(values, value, 0, end, threadIdx.x);
         cp_async_commit();

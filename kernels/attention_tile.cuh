@@ -192,3 +192,24 @@ template <typename T, int D> struct Paged {
         return base + table[row / BLOCK_TOKENS] * block_stride + row % BLOCK_TOKENS * D;
     }
 };
+
+// Where rows of a product, (token, query head of one KV head), stand in `[tokens, heads]`. Division by the group
+// is a multiplication: tiles are loaded often. Exact while row * group < 2^32.
+struct GroupRows {
+    int64_t first;
+    uint32_t inverse; // 2^32 / group, rounded up; of a group of one: 0
+    int others;       // heads outside of the group
+
+    __device__ __forceinline__ GroupRows(int64_t first_token, int heads, int kv_heads, int kv_head) {
+        const int group = heads / kv_heads;
+        first = first_token * heads + kv_head * group;
+        inverse = group == 1 ? 0 : 0xffffffffu / group + 1;
+        others = heads - group;
+    }
+    __device__ __forceinline__ int token(int row) const {
+        return inverse == 0 ? row : static_cast<int>(__umulhi(static_cast<uint32_t>(row), inverse));
+    }
+    __device__ __forceinline__ int64_t operator()(int row) const {
+        return first + row + static_cast<int64_t>(token(row)) * others;
+    }
+};
