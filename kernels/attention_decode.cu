@@ -13,7 +13,7 @@
 // Part s is the keys `s * part_tokens ..`; parts without a key write nothing, except part 0. A row's bits do
 // not depend on the other sequences. Slots of a block behind the length are not used, whatever they hold.
 // grid (parts, sequences, kv_heads * ceil(heads / kv_heads / 16)), 128 threads.
-// Limits: base addresses are multiples of 16 bytes; part_tokens a multiple of 16; 65,535 sequences.
+// Limits: base addresses are multiples of 16 bytes; part_tokens a multiple of 16, at most 2^30; 65,535 sequences.
 #include "attention_block.cuh"
 
 template <typename Element, int HEAD_DIM> struct Decode {

@@ -10,7 +10,8 @@
 //   lse      [slots, heads] f32       natural logarithm; minus infinity, and zeroes in `out`, without a key
 // Part s is the keys `s * part_tokens ..` up to as many. A row's bits do not depend on the other rows.
 // grid (parts, ceil(rows * heads / kv_heads / 64), kv_heads), 128 threads.
-// Limits: base addresses, and strides times 2 bytes, are multiples of 16; rows * heads / kv_heads < 2^31.
+// Limits: base addresses, and strides times 2 bytes, are multiples of 16; rows * heads / kv_heads and
+// tokens + part_tokens below 2^31.
 #include "attention_block.cuh"
 
 template <typename B>

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use sha2::{Digest, Sha256};
 
 const FLAGS: [&str; 9] = [
-    "-std=c++20",
+    "-std=c++17",
     "-O2",
     "-g1",
     "-ffp-contract=off",
@@ -137,7 +137,7 @@ fn compiler() -> (String, Vec<u8>) {
         }
     }
     panic!(
-        "the kernels are checked with a C++20 compiler, and none of {candidates:?} runs: install g++ 11 or \
-         clang 14 or newer (Debian: apt-get install g++), or name one in CXX"
+        "the kernels are checked with a C++17 compiler, and none of {candidates:?} runs: install g++ or \
+         clang++ (Debian: apt-get install g++), or name one in CXX"
     );
 }
