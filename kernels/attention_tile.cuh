@@ -13,6 +13,29 @@ constexpr int BLOCK_TOKENS = 16; // slots of a block of the paged cache
 // Elements from one row of a tile in shared memory to the next.
 __host__ __device__ constexpr int tile_stride(int head_dim) { return head_dim + 8; }
 
+// A warp's out[16, COLUMNS] += weights[16, KEYS] values[KEYS, COLUMNS], whose rows are STRIDE elements apart.
+// Weights are as times_keys() leaves them; they are rounded to T.
+template <typename T, int KEYS, int COLUMNS, int STRIDE>
+__device__ __forceinline__ void add_products(float (&out)[COLUMNS / 8][4], const float (&w)[KEYS / 8][4],
+                                             const T *values) {
+    const int lane = threadIdx.x % 32;
+    // Lanes 0-7, 8-15 name keys 0-7, 8-15 of the first 8 columns, the others those of the next 8.
+    const T *row = values + (lane % 16) * STRIDE + (lane / 16) * 8;
+#pragma unroll
+    for (int k = 0; k < KEYS / 16; ++k) {
+        const uint32_t a[4] = {pack2<T>(w[2 * k][0], w[2 * k][1]), pack2<T>(w[2 * k][2], w[2 * k][3]),
+                               pack2<T>(w[2 * k + 1][0], w[2 * k + 1][1]),
+                               pack2<T>(w[2 * k + 1][2], w[2 * k + 1][3])};
+#pragma unroll
+        for (int d = 0; d < COLUMNS / 16; ++d) {
+            uint32_t b[4];
+            ldmatrix_x4_trans(b, row + k * 16 * STRIDE + d * 16);
+            mma_16816<T>(out[2 * d], a, b[0], b[1]);
+            mma_16816<T>(out[2 * d + 1], a, b[2], b[3]);
+        }
+    }
+}
+
 // Of one warp. Each lane holds rows r = lane / 4 and r + 8, columns 8 i + 2 (lane % 4) and the next.
 template <int D> struct Running {
     float out[D / 8][4];
@@ -61,22 +84,7 @@ template <int D> struct Running {
     // out += weights[16, KEYS] values[KEYS, D].
     template <typename T, int KEYS>
     __device__ __forceinline__ void add_values(const float (&w)[KEYS / 8][4], const T *values) {
-        const int lane = threadIdx.x % 32;
-        // Lanes 0-7, 8-15 name keys 0-7, 8-15 of the first 8 columns, the others those of the next 8.
-        const T *row = values + (lane % 16) * tile_stride(D) + (lane / 16) * 8;
-#pragma unroll
-        for (int k = 0; k < KEYS / 16; ++k) {
-            const uint32_t a[4] = {pack2<T>(w[2 * k][0], w[2 * k][1]), pack2<T>(w[2 * k][2], w[2 * k][3]),
-                                   pack2<T>(w[2 * k + 1][0], w[2 * k + 1][1]),
-                                   pack2<T>(w[2 * k + 1][2], w[2 * k + 1][3])};
-#pragma unroll
-            for (int d = 0; d < D / 16; ++d) {
-                uint32_t b[4];
-                ldmatrix_x4_trans(b, row + k * 16 * tile_stride(D) + d * 16);
-                mma_16816<T>(out[2 * d], a, b[0], b[1]);
-                mma_16816<T>(out[2 * d + 1], a, b[2], b[3]);
-            }
-        }
+        add_products<T, KEYS, D, tile_stride(D)>(out, w, values);
     }
 
     // The sum over all keys of a row, in each of its lanes.
@@ -93,8 +101,8 @@ template <int D> struct Running {
 __device__ __forceinline__ float log_sum_exp(float max, float sum) { return (max + log2f(sum)) * LN_2; }
 
 // A warp's queries as the left operand: in registers, or read again each time where those do not suffice.
-template <typename T, int D> struct Queries {
-    static constexpr bool KEPT = D <= 128;
+template <typename T, int D, bool KEEP = (D <= 128)> struct Queries {
+    static constexpr bool KEPT = KEEP;
     const T *row;
     uint32_t kept[KEPT ? D / 16 : 1][4];
 
@@ -182,5 +190,26 @@ template <typename T, int D> struct Paged {
     int64_t block_stride;
     __device__ __forceinline__ const T *operator()(int row) const {
         return base + table[row / BLOCK_TOKENS] * block_stride + row % BLOCK_TOKENS * D;
+    }
+};
+
+// Where rows of a product, (token, query head of one KV head), stand in `[tokens, heads]`. Division by the group
+// is a multiplication: tiles are loaded often. Exact while row * group < 2^32.
+struct GroupRows {
+    int64_t first;
+    uint32_t inverse; // 2^32 / group, rounded up; of a group of one: 0
+    int others;       // heads outside of the group
+
+    __device__ __forceinline__ GroupRows(int64_t first_token, int heads, int kv_heads, int kv_head) {
+        const int group = heads / kv_heads;
+        first = first_token * heads + kv_head * group;
+        inverse = group == 1 ? 0 : 0xffffffffu / group + 1;
+        others = heads - group;
+    }
+    __device__ __forceinline__ int token(int row) const {
+        return inverse == 0 ? row : static_cast<int>(__umulhi(static_cast<uint32_t>(row), inverse));
+    }
+    __device__ __forceinline__ int64_t operator()(int row) const {
+        return first + row + static_cast<int64_t>(token(row)) * others;
     }
 };

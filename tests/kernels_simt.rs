@@ -38,6 +38,27 @@ fn a_missing_barrier_shows_in_the_results() {
 }
 
 #[test]
+fn blocks_run_in_an_order_that_the_seed_draws() {
+    let orders: Vec<Vec<i32>> = SEEDS
+        .map(|seed| {
+            let next = Buffer::of(&[0], Side::Back);
+            let out = Buffer::<i32>::poisoned(24, Side::Back);
+            library().launch("tickets", [3, 2, 4], seed, args![&next, &out]);
+            out.read()
+        })
+        .collect();
+    let forwards: Vec<i32> = (0..24).collect();
+    assert_eq!(orders[0], forwards);
+    assert!(orders[1].iter().rev().eq(&forwards));
+    for order in &orders[2..] {
+        assert!(orders.iter().filter(|other| *other == order).count() == 1);
+        let mut sorted = order.clone();
+        sorted.sort_unstable();
+        assert_eq!(sorted, forwards);
+    }
+}
+
+#[test]
 fn shared_memory_written_again_too_early_shows_in_the_results() {
     let sums: Vec<i32> = (0..64).map(|i| 100 + 2 * ((i + 33) % 64)).collect();
     assert!(outputs("reused_ok").iter().all(|out| *out == sums));

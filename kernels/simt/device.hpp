@@ -103,6 +103,7 @@ inline bool __any_sync(uint32_t mask, bool value, SIMT_SITE) {
 inline bool __all_sync(uint32_t mask, bool value, SIMT_SITE) {
     return __ballot_sync(mask, value, file, line) == 0xffffffffu;
 }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline void __threadfence() {}

@@ -58,6 +58,12 @@ int launch(void (*kernel)(A...), const char *name, unsigned threads, size_t shar
     own.fibers.resize(threads);
     own.warps.resize(threads / WARP);
     while (own.stacks.size() < threads) own.stacks.emplace_back(STACK_BYTES);
+    // Blocks run in any order, as those of the hardware do; like threads: forwards, backwards, or drawn.
+    std::vector<size_t> order(static_cast<size_t>(own.grid.x) * own.grid.y * own.grid.z);
+    for (size_t i = 0; i < order.size(); ++i) {
+        order[i] = own.seed == 1 ? order.size() - 1 - i : i;
+        if (own.seed > 1) std::swap(order[i], order[own.draw() % (i + 1)]);
+    }
     Call<A...> call = bind(kernel, launch);
     own.body = Call<A...>::run;
     own.arguments = &call;
@@ -72,12 +78,12 @@ int launch(void (*kernel)(A...), const char *name, unsigned threads, size_t shar
     block = &own;
     if (sigsetjmp(own.escape, 1) == 0) {
         own.running = true;
-        for (unsigned z = 0; z < own.grid.z && !own.failed; ++z)
-            for (unsigned y = 0; y < own.grid.y && !own.failed; ++y)
-                for (unsigned x = 0; x < own.grid.x && !own.failed; ++x) {
-                    own.index = {x, y, z};
-                    run_block(own);
-                }
+        for (size_t i = 0; i < order.size() && !own.failed; ++i) {
+            const size_t at = order[i], layer = static_cast<size_t>(own.grid.x) * own.grid.y;
+            own.index = {static_cast<unsigned>(at % own.grid.x), static_cast<unsigned>(at % layer / own.grid.x),
+                         static_cast<unsigned>(at / layer)};
+            run_block(own);
+        }
     } else if (own.signal == SIGFPE) {
         own.describe("divides by zero");
     } else {

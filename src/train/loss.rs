@@ -169,7 +169,11 @@ impl InplaceOp1 for RowLosses<'_> {
     }
 }
 
-fn row_loss(
+/// The loss of one row of logits: minus the sum over `entries` (id, p) of `p · ln softmax(scale · logits)`.
+///
+/// With `unit`, the logits become `unit` times the gradient of the loss with respect to `scale · logits`.
+/// Not finite if a logit of a target or the largest one is not. Panics if an id is not below the vocabulary.
+pub fn row_loss(
     logits: &mut [f32],
     entries: impl Iterator<Item = (usize, f32)> + Clone,
     scale: f32,

@@ -24,7 +24,7 @@ mod trainer;
 pub use checkpoint::RunDir;
 pub use error::TrainError;
 pub use initialize::{from_text, random};
-pub use loss::{LossOnly, Normalizer};
+pub use loss::{LossOnly, Normalizer, row_loss};
 pub use memory::keep_freed_memory;
 pub use optimizer::{Adam, AdamOptions};
 pub use pack::{Pack, Targets};

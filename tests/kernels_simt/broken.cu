@@ -153,3 +153,9 @@ extern "C" __global__ void product_ldmatrix(const bf16 *a, const bf16 *b, float 
     for (int i = 0; i < 4; ++i) out[(lane / 4 + 8 * (i / 2)) * 8 + 2 * (lane % 4) + i % 2] = acc[i];
 }
 KERNEL(product_ldmatrix, 32, 1024)
+
+// Blocks take tickets: what depends on their order differs from launch to launch.
+extern "C" __global__ void tickets(int *next, int *out) {
+    if (threadIdx.x == 0) out[blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z)] = atomicAdd(next, 1);
+}
+KERNEL(tickets, 32, 0)
