@@ -1,7 +1,7 @@
 // The kernels between products and attention written out in f64, one number after the other.
+#include "../simt/call.hpp"
 #include "../simt/numbers.hpp"
 #include <cmath>
-#include <vector>
 
 namespace {
 template <typename T> double at(const T *from, int64_t i) { return to_float(from[i]); }
@@ -73,7 +73,7 @@ void rotate(double *x, const float *cos, const float *sin, int dim, double direc
     }
 }
 
-// `rows` of one kind, [tokens, heads, D] in `out`.
+// Of queries or of keys; [tokens, heads, D] in `out`.
 template <typename T>
 void rope(const T *x, const T *norm, const float *cos, const float *sin, double *out, int tokens, int heads, int dim,
           int64_t stride, float eps) {
@@ -100,32 +100,13 @@ void rope_backward(const T *grad, const T *x, const T *norm, const float *cos, c
 }
 } // namespace
 
-#define EXPORT extern "C" __attribute__((visibility("default"))) void
-#define INSTANCE(T, name)                                                                                            \
-    EXPORT reference_rms_norm_##name(const T *x, const T *residual, const T *weight, T *residual_out, double *out,   \
-                                     int rows, int width, float eps) {                                               \
-        rms_norm(x, residual, weight, residual_out, out, rows, width, eps);                                          \
-    }                                                                                                                \
-    EXPORT reference_rms_norm_backward_##name(const T *x, const T *weight, const T *grad, const T *add, double *dx,  \
-                                              int rows, int width, float eps) {                                      \
-        rms_norm_backward(x, weight, grad, add, dx, rows, width, eps);                                               \
-    }                                                                                                                \
-    EXPORT reference_swiglu_##name(const T *gate, const T *up, double *out, int rows, int width, int64_t stride) {   \
-        swiglu(gate, up, out, rows, width, stride);                                                                  \
-    }                                                                                                                \
-    EXPORT reference_swiglu_backward_##name(const T *gate, const T *up, const T *grad, double *d_gate, double *d_up, \
-                                            int rows, int width, int64_t stride) {                                   \
-        swiglu_backward(gate, up, grad, d_gate, d_up, rows, width, stride);                                          \
-    }                                                                                                                \
-    EXPORT reference_rope_##name(const T *x, const T *norm, const float *cos, const float *sin, double *out,         \
-                                 int tokens, int heads, int dim, int64_t stride, float eps) {                        \
-        rope(x, norm, cos, sin, out, tokens, heads, dim, stride, eps);                                               \
-    }                                                                                                                \
-    EXPORT reference_rope_backward_##name(const T *grad, const T *x, const T *norm, const float *cos,                \
-                                          const float *sin, double *dx, int tokens, int heads, int dim,              \
-                                          int64_t x_stride, float eps) {                                             \
-        rope_backward(grad, x, norm, cos, sin, dx, tokens, heads, dim, x_stride, eps);                               \
-    }
+#define INSTANCE(T, name)                                                  \
+    REFERENCE(reference_rms_norm_##name, rms_norm<T>)                      \
+    REFERENCE(reference_rms_norm_backward_##name, rms_norm_backward<T>)    \
+    REFERENCE(reference_swiglu_##name, swiglu<T>)                          \
+    REFERENCE(reference_swiglu_backward_##name, swiglu_backward<T>)        \
+    REFERENCE(reference_rope_##name, rope<T>)                              \
+    REFERENCE(reference_rope_backward_##name, rope_backward<T>)
 
 INSTANCE(bf16, bf16)
 INSTANCE(f16, f16)

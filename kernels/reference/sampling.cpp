@@ -1,10 +1,9 @@
 // Drawing a token and log-probabilities, by sorting the whole row, in f64.
+#include "../simt/call.hpp"
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 constexpr int IN_PROMPT = 1 << 30;
@@ -23,12 +22,11 @@ void cut(std::vector<Token> &sorted, size_t keep, double *margin) {
     if (last != next) *margin = std::fmin(*margin, (last - next) / last);
     sorted.resize(keep);
 }
-} // namespace
 
 // The token; `margin` is how far, relative to what it is compared with, the nearest decision was from going the
 // other way, so that rounding explains another token only where it is small. The row must be finite.
-EXPORT int reference_sample(const float *logits, int vocab, double uniform, const float *options, int top_k,
-                            int entries, const int *ids, const int *uses, const float *biases, double *margin) {
+int sample_row(const float *logits, int vocab, double uniform, const float *options, int top_k, int entries,
+               const int *ids, const int *uses, const float *biases, double *margin) {
     const double temperature = options[0], top_p = options[1], min_p = options[2];
     std::vector<float> row(logits, logits + vocab);
     for (int i = 0; i < entries; ++i) {
@@ -75,9 +73,20 @@ EXPORT int reference_sample(const float *logits, int vocab, double uniform, cons
     return kept.back().id;
 }
 
+void sample(const float *logits, const double *uniforms, const float *options, const int *top_ks,
+            const int *entry_starts, const int *entry_ids, const int *entry_uses, const float *entry_biases,
+            int *tokens, double *margins, int rows, int vocab, int64_t stride) {
+    for (int row = 0; row < rows; ++row) {
+        const int first = entry_starts[row];
+        tokens[row] = sample_row(logits + row * stride, vocab, uniforms[row], options + 6 * row, top_ks[row],
+                                 entry_starts[row + 1] - first, entry_ids + first, entry_uses + first,
+                                 entry_biases + first, margins + row);
+    }
+}
+
 // Of the `top` likeliest, descending, equals by id; and of `token`.
-EXPORT void reference_logprobs(const float *logits, int vocab, int token, float temperature, int top, double *chosen,
-                               int *top_ids, double *top_logprobs) {
+void logprobs(const float *logits, int vocab, int token, float temperature, int top, double *chosen, int *top_ids,
+              double *top_logprobs) {
     const double scale = temperature > 0 ? 1 / static_cast<double>(temperature) : 1;
     std::vector<int> order(vocab);
     double most = -INFINITY, sum = 0;
@@ -94,3 +103,7 @@ EXPORT void reference_logprobs(const float *logits, int vocab, int token, float 
         top_logprobs[i] = logprob(order[i]);
     }
 }
+} // namespace
+
+REFERENCE(reference_sample, sample)
+REFERENCE(reference_logprobs, logprobs)

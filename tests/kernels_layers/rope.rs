@@ -4,9 +4,9 @@ use candle_core::{Device, Var};
 use cartouche::ops::{self, RopeScaling, RopeTable};
 use half::{bf16, f16};
 
-use super::kernels_support::{Buffer, Library, Number, Random, Shape, shape};
-use super::{bits, check, gradients, numbers, tensor};
-use crate::{args, twin};
+use crate::args;
+use crate::kernels_support::{Buffer, Library, Number, Random, Shape, shape};
+use crate::{bits, check, gradients, numbers, tensor, twin, wanted};
 
 const EPS: f32 = 1e-6;
 
@@ -101,15 +101,27 @@ impl<T: Number> Case<T> {
     }
 
     /// What the twin makes of the queries (0) or the keys (1).
-    fn twin(&self, which: usize) -> Vec<f64> {
+    fn rotated(&self, which: usize) -> Vec<f64> {
         let Shape { heads, kv_heads, dim } = self.shape;
         let (x, heads) = [(&self.q, heads), (&self.k, kv_heads)][which];
-        let mut out = vec![f64::NAN; self.tokens * heads * dim];
-        let norm = self.norm(which).map_or(0, Buffer::address);
-        twin!(T, "rope", x.address() => usize, norm => usize, self.cos.address() => usize,
-            self.sin.address() => usize, out.as_mut_ptr() => *mut f64, self.tokens as i32 => i32,
-            heads as i32 => i32, dim as i32 => i32, self.strides[which] as i64 => i64, EPS => f32);
-        out
+        let out = wanted(self.tokens * heads * dim);
+        let norm = self.norm(which);
+        twin::<T>(
+            "rope",
+            args![
+                x,
+                norm,
+                &self.cos,
+                &self.sin,
+                &out,
+                self.tokens as i32,
+                heads as i32,
+                dim as i32,
+                self.strides[which] as i64,
+                EPS
+            ],
+        );
+        out.read()
     }
 }
 
@@ -137,8 +149,8 @@ fn rope_case<T: Number>(seed: u64, shape: Shape, tokens: usize) {
     let slot_ids = outputs.cache.as_ref().map(|_| Buffer::of(&slots, side));
     case.run(&outputs, slot_ids.as_ref(), blocks * 16, random.seed());
     assert_eq!(outputs.error.read(), [0]);
-    check(&q.read(), &case.twin(0), 1e-6, &case.text);
-    let keys = case.twin(1);
+    check(&q.read(), &case.rotated(0), 1e-6, &case.text);
+    let keys = case.rotated(1);
     if let Some(k) = &outputs.k {
         check(&k.read(), &keys, 1e-6, &case.text);
     }
@@ -253,13 +265,25 @@ fn backward_case<T: Number>(seed: u64, shape: Shape, tokens: usize) {
     let grad = Buffer::of(&random.numbers::<T>(len), random.side());
     let dx = Buffer::<T>::poisoned(len, random.side());
     backward(&case, &grad, &case.q, case.norm(0), &dx, random.seed());
-    let mut want = vec![f64::NAN; len];
-    let (x, norm) = (case.q.address(), case.norm(0).map_or(0, Buffer::address));
-    twin!(T, "rope_backward", grad.address() => usize, x => usize, norm => usize,
-        case.cos.address() => usize, case.sin.address() => usize, want.as_mut_ptr() => *mut f64,
-        tokens as i32 => i32, shape.heads as i32 => i32, shape.dim as i32 => i32,
-        case.strides[0] as i64 => i64, EPS => f32);
-    check(&dx.read(), &want, 1e-5, &case.text);
+    let want = wanted(len);
+    let (x, norm) = (&case.q, case.norm(0));
+    twin::<T>(
+        "rope_backward",
+        args![
+            &grad,
+            x,
+            norm,
+            &case.cos,
+            &case.sin,
+            &want,
+            tokens as i32,
+            shape.heads as i32,
+            shape.dim as i32,
+            case.strides[0] as i64,
+            EPS
+        ],
+    );
+    check(&dx.read(), &want.read(), 1e-5, &case.text);
 }
 
 #[test]

@@ -4,9 +4,8 @@ use cartouche::engine::token_logprobs;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::kernels_support::{Buffer, Library, Random};
-use super::{laid_out, logits};
-use crate::args;
+use crate::kernels_support::{Buffer, Library, Random, Side, check_one};
+use crate::{args, laid_out, logits};
 
 /// Alternatives the kernel can give.
 const MAX_TOP: usize = 256;
@@ -83,32 +82,27 @@ fn logprob_case(seed: u64, vocab: usize, count: usize) {
         .collect();
     let stride = if shuffled { vocab.next_multiple_of(4) } else { vocab };
     let got = logprobs(&rows, stride, &requests, max_top, random);
-    let symbol = Library::of("kernels/reference/sampling.cpp").symbol("reference_logprobs");
-    type Twin = extern "C" fn(*const f32, i32, i32, f32, i32, *mut f64, *mut i32, *mut f64);
-    // SAFETY: declared so in the reference.
-    let twin: Twin = unsafe { std::mem::transmute(symbol) };
+    let twin = Library::of("kernels/reference/sampling.cpp");
     for (i, (row, token, temperature, top)) in requests.iter().copied().enumerate() {
         let case = format!("vocab {vocab}, seed {seed}, result {i}, {top} of {max_top}");
         let close = |got: f32, want: f64| {
-            let got = f64::from(got);
-            got == want || (got - want).abs() <= 1e-5 + 3e-7 * want.abs()
+            check_one(f64::from(got), want, 1e-5 + 3e-7 * want.abs(), || case.clone());
         };
         let kept = top.min(vocab);
-        let (mut ids, mut values, mut chosen) = (vec![0; kept], vec![0f64; kept], 0f64);
-        twin(
-            rows[row].as_ptr(),
-            vocab as i32,
-            token,
-            temperature,
-            top as i32,
-            &mut chosen,
-            ids.as_mut_ptr(),
-            values.as_mut_ptr(),
+        let chosen = Buffer::<f64>::poisoned(1, Side::Back);
+        let ids = Buffer::<i32>::poisoned(kept, Side::Back);
+        let values = Buffer::<f64>::poisoned(kept, Side::Back);
+        let logits = Buffer::of(&rows[row], Side::Back);
+        let (vocab, top_i32) = (vocab as i32, top as i32);
+        twin.call(
+            "reference_logprobs",
+            args![&logits, vocab, token, temperature, top_i32, &chosen, &ids, &values],
         );
+        let (ids, values) = (ids.read(), values.read());
         let engine = token_logprobs(&rows[row], token as u32, temperature, top);
         assert_eq!(got.flags[i], 0, "{case}");
-        assert!(close(got.chosen[i], chosen), "{case}: {} not {chosen}", got.chosen[i]);
-        assert!(close(engine.logprob, f64::from(got.chosen[i])), "{case}: {engine:?}");
+        close(got.chosen[i], chosen.read()[0]);
+        close(got.chosen[i], f64::from(engine.logprob));
         let (got_ids, rest) = got.ids[i * max_top..][..max_top].split_at(kept);
         assert_eq!(got_ids, ids, "{case}");
         assert!(rest.iter().all(|id| *id == -1), "{case}");
@@ -116,13 +110,9 @@ fn logprob_case(seed: u64, vocab: usize, count: usize) {
         assert!(rest.iter().all(|x| *x == f32::NEG_INFINITY), "{case}");
         assert_eq!(engine.top.len(), kept, "{case}");
         for (j, got) in got_values.iter().enumerate() {
-            assert!(close(*got, values[j]), "{case}: {got} not {}", values[j]);
+            close(*got, values[j]);
             assert_eq!(engine.top[j].0 as i32, ids[j], "{case}");
-            assert!(
-                close(engine.top[j].1, f64::from(*got)),
-                "{case}: {got} not {:?}",
-                engine.top[j]
-            );
+            close(*got, f64::from(engine.top[j].1));
         }
     }
 }
