@@ -44,9 +44,10 @@ int sample_row(const float *logits, int vocab, double uniform, const float *opti
     std::vector<Token> kept;
     for (int id = 0; id < vocab; ++id) {
         const double weight = std::exp((static_cast<double>(row[id]) - row[likeliest]) / temperature);
-        if (min_p > 0) *margin = std::fmin(*margin, std::fabs(weight / min_p - 1));
+        if (min_p > 0 && row[id] != row[likeliest]) *margin = std::fmin(*margin, std::fabs(weight / min_p - 1));
         if (weight > 0 && weight >= min_p) kept.push_back({id, weight});
     }
+    if (kept.empty()) return likeliest;
     std::sort(kept.begin(), kept.end(), heavier);
     if (top_k > 0) cut(kept, static_cast<size_t>(top_k), margin);
     double total = 0;
@@ -55,7 +56,7 @@ int sample_row(const float *logits, int vocab, double uniform, const float *opti
         double sum = 0;
         size_t keep = 0;
         while (keep < kept.size() && (keep == 0 || sum < total * top_p)) {
-            *margin = std::fmin(*margin, std::fabs(sum / total - top_p));
+            if (keep > 0) *margin = std::fmin(*margin, std::fabs(sum / total - top_p));
             sum += kept[keep++].weight;
         }
         *margin = std::fmin(*margin, std::fabs(sum / total - top_p));

@@ -14,7 +14,7 @@ fn settings(rng: &mut ChaCha8Rng, vocab: usize) -> SamplingParams {
         seed: Some(rng.next_u64()),
         temperature: [0.0, 0.3, 0.7, 1.0, 1.0, 2.0][rng.random_range(0..6)],
         top_k: [0, 0, 0, 1, 2, 20, 50, vocab, 1 << 40][rng.random_range(0..9)],
-        top_p: [1.0, 1.0, 0.95, 0.8, 0.3, 1e-6][rng.random_range(0..6)],
+        top_p: [1.0, 1.0, 0.95, 0.8, 0.3, 1e-3][rng.random_range(0..6)],
         min_p: [0.0, 0.0, 0.0, 0.02, 0.3, 1.0][rng.random_range(0..6)],
         ..SamplingParams::default()
     };
