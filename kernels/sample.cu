@@ -147,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS)
     }
     __syncthreads();
     const int token = draw(shared, LogitRow(own, vocab, stride % 4 == 0), settings, top_ks[row], uniforms + row);
-    __syncthreads();
+    // Every path through draw() has met a barrier after the last read of a logit.
     for (int i = first + static_cast<int>(threadIdx.x); i < last; i += ROW_THREADS) {
         const int id = entry_ids[i];
         if (id >= 0 && id < vocab) own[id] = entry_saved[i];
