@@ -4,8 +4,8 @@
 // sample_f32
 //   logits        [rows, vocab] f32   `stride` apart; changed while the kernel runs, and as before at its end
 //   uniforms      [rows] f64          in [0, 1); not read by greedy rows
-//   options       [rows, 6] f32       temperature (not above 0: greedy, the lowest id of equals), top_p (1: all),
-//                                     min_p (0: all), repetition, frequency and presence penalties
+//   options       [rows, 6] f32       temperature (not above 0, or below 3e-39: greedy, the lowest id of equals),
+//                                     top_p (1: all), min_p (0: all), repetition, frequency and presence penalties
 //   top_ks        [rows] int32        0: all
 // Adjustments of row i are the entries entry_starts[i] .. entry_starts[i + 1] of
 //   entry_ids     int32               at most once per row; those that are no token are ignored

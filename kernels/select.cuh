@@ -139,7 +139,8 @@ __device__ __forceinline__ void add_wide(uint32_t *low, uint32_t *high, uint64_t
 // The cut so that the numbers that rank at or above it weigh `target(total weight)` or more, and without the last of
 // them less; 0 if all together do not. Weights of 1 unless WEIGHED; sums are of integers, so their order is nothing.
 // `each(f)` calls f(rank, weight) for the numbers of this thread; ranks are distinct and below 2^BITS.
-// One pass over the row per ten bits, most often two or three: it ends when a bin is kept whole.
+// One pass over the row per ten bits, most often two or three: it ends when a bin is kept whole. Equal numbers meet in
+// one bin, whose atomics come one by one: a row of nothing else takes some 0.2 ms.
 template <int BITS, bool WEIGHED, typename Each, typename Target>
 __device__ __forceinline__ uint64_t find_cut(RowShared &shared, const Each &each, const Target &target) {
     uint64_t prefix = 0, left = 0;
