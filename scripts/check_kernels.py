@@ -34,12 +34,12 @@ def compile_source(nvcc: str, source: pathlib.Path, arch: int) -> tuple[str, str
 def shapes(ptx: str) -> dict[str, tuple[int, int]]:
     """Threads and dynamic shared bytes by kernel, as KERNEL wrote them."""
     found = {}
-    for kind, name, values in re.findall(r"\.global .*\.(\w+) (\w+)_shape\[\d+\] = \{(.*?)\}", ptx):
+    for name, length, values in re.findall(r"\.global .* (\w+)_shape\[(\d+)\] = \{(.*?)\}", ptx):
         raw = [int(value) for value in values.split(",")]
-        if kind == "b8":  # bytes rather than words, trailing zeroes left out
-            raw += [0] * (8 - len(raw))
-            raw = [int.from_bytes(raw[:4], "little"), int.from_bytes(raw[4:8], "little")]
-        found[name] = (raw[0], raw[1] if len(raw) > 1 else 0)
+        raw += [0] * (int(length) - len(raw))  # trailing zeroes are left out
+        if len(raw) == 8:  # bytes rather than words
+            raw = [int.from_bytes(raw[:4], "little"), int.from_bytes(raw[4:], "little")]
+        found[name] = (raw[0], raw[1])
     return found
 
 

@@ -129,6 +129,7 @@ inline float exp2_approx(float x) { return ::exp2f(x); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __uint_as_float(uint32_t x) { return simt::float_of(x); }
 inline uint32_t __float_as_uint(float x) { return simt::bits_of(x); }

@@ -22,9 +22,11 @@ mod startup;
 
 pub use blocks::BLOCK_TOKENS;
 pub use handle::{EngineHandle, EngineInfo, EngineStats, TokenStream};
+pub use logprobs::token_logprobs;
 pub use request::{
     Event, FinishReason, GenerateRequest, LogprobOptions, Priority, SampledToken, SamplingParams,
 };
+pub use sampler::Sampler;
 pub use startup::{EngineOptions, start};
 
 /// Why the engine refused or gave up a request.
