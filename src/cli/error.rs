@@ -32,6 +32,9 @@ pub enum CliError {
     Text(#[from] crate::text::TextError),
     #[error("the model could not be run: {0}")]
     Tensor(#[from] candle_core::Error),
+    /// A signal ended the command after its work was saved. Not printed as an error.
+    #[error("{said}")]
+    Stopped { code: u8, said: String },
     #[error("{what}: {source}")]
     System { what: &'static str, source: std::io::Error },
 }

@@ -66,6 +66,10 @@ pub fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(CliError::Stopped { code, said }) => {
+            eprintln!("{said}");
+            ExitCode::from(code)
+        }
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::FAILURE

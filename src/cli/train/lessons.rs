@@ -62,10 +62,21 @@ pub fn packs(
         Some(name) => demo_questions(name)?.into_iter().take(limit).collect(),
         None => DatasetReader::open(Path::new(from))?.take(limit).collect::<Result<_, _>>()?,
     };
+    packs_of(runtime, document, from, &conversations, flags)
+}
+
+/// Packs of `conversations`, which are `from` there, each with the number of its row.
+pub fn packs_of(
+    runtime: &Runtime,
+    document: &Document,
+    from: &str,
+    conversations: &[(usize, Conversation)],
+    flags: &TrainFlags,
+) -> Result<Vec<Pack>, CliError> {
     let mut builder = None;
     let mut elements = Vec::with_capacity(conversations.len());
     let mut lessons = Vec::new();
-    for (row, conversation) in &conversations {
+    for (row, conversation) in conversations {
         let bad = |error| DatasetError::Row { path: from.into(), row: *row, error };
         if conversation.messages.iter().any(|message| message.top_logprobs.is_some()) {
             if builder.is_none() {
@@ -95,21 +106,31 @@ pub fn packs(
 
 /// Digest of all that decides what the packs of a run are: a run goes on only with the same.
 pub fn source(document: &Document, flags: &TrainFlags) -> Result<String, CliError> {
-    let mut digest = Sha256::new();
     let from = flags.conversations.as_deref().unwrap_or_default();
     let conversations = match from.strip_prefix("demo:") {
         Some(name) => demo_document(name)?.training_questions.as_bytes().to_vec(),
         None => std::fs::read(from).map_err(|source| CliError::Io { path: from.into(), source })?,
     };
-    for part in [document.text.as_bytes(), &conversations] {
+    Ok(source_of(document, &conversations, flags.limit, flags))
+}
+
+/// [`source`] of other conversations, of which `limit` are taken.
+pub fn source_of(
+    document: &Document,
+    conversations: &[u8],
+    limit: Option<usize>,
+    flags: &TrainFlags,
+) -> String {
+    let mut digest = Sha256::new();
+    for part in [document.text.as_bytes(), conversations] {
         digest.update((part.len() as u64).to_le_bytes());
         digest.update(part);
     }
     let f = flags;
-    let of_data = (f.targets, f.limit, f.top_logprobs, f.answer_tokens, f.packed_seq_length);
+    let of_data = (f.targets, limit, f.top_logprobs, f.answer_tokens, f.packed_seq_length);
     let more = (f.min_prob_mass, f.answer_temperature, f.packing_mode, f.seed());
     digest.update(format!("{of_data:?} {more:?}"));
-    Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What the teacher is to answer or score for a row without log-probabilities.
@@ -235,6 +256,6 @@ fn read(path: &str) -> Result<String, CliError> {
     std::fs::read_to_string(path).map_err(|source| CliError::Io { path: path.into(), source })
 }
 
-fn stem(path: &str) -> String {
+pub fn stem(path: &str) -> String {
     Path::new(path).file_stem().unwrap_or_default().to_string_lossy().into_owned()
 }

@@ -64,6 +64,11 @@ flags! {
     conversations: String,
     /// Conversations to take at most, from the beginning [default: all]
     limit: usize,
+    /// Held-out conversations to measure the loss on: .jsonl or .parquet, or `demo:NAME` for the demo's
+    /// held-out questions. The same teacher answers or scores them, once
+    eval_conversations: String,
+    /// Held-out conversations to take at most, from the beginning [default: all]
+    eval_limit: usize,
     /// Held-out questions with exact answers, a JSON file like those of the demo, or `demo:NAME`
     questions: String,
     /// Tokens of the cartridge [default: a twentieth of the document's]
@@ -106,6 +111,10 @@ flags! {
     warmup_min_lr: f64,
     /// Where it falls to, as a fraction of --lr [default: 0.1]
     alpha_f: f64,
+    /// Learning rates as the original trainers' schedules give them: one update late, the first at --lr
+    /// [default: false]
+    #[arg(num_args = 0..=1, default_missing_value = "true")]
+    parity_schedule: bool,
     /// Weight decay as torch's Adam has it [default: 0]
     weight_decay: f64,
     /// Clip the gradient to this norm [default: not]
@@ -128,6 +137,8 @@ flags! {
     keep_last_n_saved: usize,
     /// Type of the stored cartridge [default: f32]
     save_dtype: SaveDtype,
+    /// Updates between measurements with --eval-conversations; 0: only before and after [default: 0]
+    loss_eval_every_n_steps: u64,
     /// Updates between evaluations with --questions; 0: only before and after [default: 0]
     generate_eval_every_n_steps: u64,
     /// Id to publish the cartridge under in --cartridge-dir; a running server takes it up
@@ -150,6 +161,7 @@ impl TrainFlags {
                 warmup_min_lr: self.warmup_min_lr.unwrap_or(0.0),
                 alpha_f: self.alpha_f.unwrap_or(0.1),
                 max_steps,
+                parity: self.parity_schedule.unwrap_or(false),
             },
             adam: AdamOptions {
                 weight_decay: self.weight_decay.unwrap_or(adam.weight_decay),
