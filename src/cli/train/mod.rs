@@ -66,10 +66,6 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     let run_dir =
         flags.run_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&document.name));
     let run_dir = RunDir::open(&run_dir, flags.keep_last_n_saved.unwrap_or(2))?;
-    let mut trainer = trainer(&runtime, &document, &flags, &run_dir)?;
-    if run_dir.resume(&mut trainer)? {
-        println!("going on after update {}", trainer.position().step);
-    }
     let max_tokens = flags.answer_tokens.unwrap_or(256);
     let questions = flags.questions.as_deref();
     let questions = questions.map(|from| Evaluation::read(&runtime, &document, from, max_tokens));
@@ -81,6 +77,10 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
         questions: questions.transpose()?,
         held_out: HeldOutPacks::prepare(&runtime, &document, &flags, &run_dir)?,
     };
+    let mut trainer = trainer(&runtime, &document, &flags, &run_dir)?;
+    if run_dir.resume(&mut trainer)? {
+        println!("going on after update {}", trainer.position().step);
+    }
     let cartridge = course.run(&mut trainer)?;
     trainer.check_weights()?;
     if let Some(id) = &flags.publish {
