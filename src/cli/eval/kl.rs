@@ -5,11 +5,13 @@
 
 use std::iter::Sum;
 
+use crate::cartridge::Cartridge;
 use crate::cli::CliError;
 use crate::cli::runtime::Runtime;
-use crate::model::Decoder;
+use crate::model::{Decoder, prefill};
 use crate::train::{
-    Lesson, Pack, PrefixLayer, StepOptions, Targets, Taught, TeacherOptions, evaluate, teach,
+    Lesson, Pack, Parameters, PrefixLayer, StepOptions, Targets, Taught, TeacherOptions, evaluate,
+    teach,
 };
 
 /// Kullback-Leibler divergence in nats, summed over tokens.
@@ -32,6 +34,44 @@ impl Sum for Divergence {
     }
 }
 
+/// The prompts of one way of asking, with what comes before them.
+pub struct Prompts {
+    /// A cartridge; or what all prompts begin with, computed once.
+    prefix: Vec<PrefixLayer>,
+    /// Tokens of each prompt that are in `prefix`.
+    shared: usize,
+    prompts: Vec<Vec<u32>>,
+}
+
+impl Prompts {
+    pub fn new(
+        runtime: &Runtime,
+        cartridge: Option<&Cartridge>,
+        prompts: Vec<Vec<u32>>,
+    ) -> Result<Self, CliError> {
+        let shared = if cartridge.is_some() { 0 } else { shared_tokens(&prompts) };
+        let layers = match cartridge {
+            Some(cartridge) => cartridge.layers().to_vec(),
+            None if shared == 0 => Vec::new(),
+            None => prefill(&runtime.decoder, &prompts[0][..shared])?,
+        };
+        let prefix = match layers.is_empty() {
+            true => Vec::new(),
+            false => Parameters::new(&layers, 0)?.prefix(runtime.decoder.device())?,
+        };
+        Ok(Self { prefix, shared, prompts })
+    }
+}
+
+/// Tokens that all prompts begin with. Of each at least one is left over.
+fn shared_tokens(prompts: &[Vec<u32>]) -> usize {
+    let Some((first, others)) = prompts.split_first() else { return 0 };
+    others.iter().fold(first.len().saturating_sub(1), |shared, other| {
+        let equal = first.iter().zip(other).take_while(|(a, b)| a == b).count();
+        shared.min(equal).min(other.len().saturating_sub(1))
+    })
+}
+
 /// The teacher's answers and its distribution at each of their tokens.
 pub struct Teacher<'a> {
     decoder: &'a Decoder,
@@ -40,16 +80,13 @@ pub struct Teacher<'a> {
 
 impl<'a> Teacher<'a> {
     /// Answers `prompts`, which hold the document.
-    pub fn answers(
-        runtime: &'a Runtime,
-        prompts: impl Iterator<Item = Vec<u32>>,
-    ) -> Result<Self, CliError> {
-        let lesson = |prompt: Vec<u32>| Lesson {
+    pub fn answers(runtime: &'a Runtime, prompts: &Prompts) -> Result<Self, CliError> {
+        let lesson = |prompt: &Vec<u32>| Lesson {
             student_prompt: prompt.clone(),
-            teacher_prompt: prompt,
+            teacher_prompt: prompt.clone(),
             answer: None,
         };
-        let lessons: Vec<Lesson> = prompts.map(lesson).collect();
+        let lessons: Vec<Lesson> = prompts.prompts.iter().map(lesson).collect();
         let options = TeacherOptions {
             top: runtime.engine.info().vocab_size,
             max_tokens: super::MAX_ANSWER_TOKENS,
@@ -62,14 +99,10 @@ impl<'a> Teacher<'a> {
         Ok(Self { decoder: &runtime.decoder, taught })
     }
 
-    /// From the teacher to the model with `prompt` behind `prefix`, over the tokens of answer `index`.
-    pub fn divergence(
-        &self,
-        index: usize,
-        prompt: &[u32],
-        prefix: &[PrefixLayer],
-    ) -> Result<Divergence, CliError> {
+    /// From the teacher to the model with prompt `index`, over the tokens of the teacher's answer to it.
+    pub fn divergence(&self, prompts: &Prompts, index: usize) -> Result<Divergence, CliError> {
         let Taught { tokens, prompt_tokens, targets } = &self.taught[index];
+        let prompt = &prompts.prompts[index][prompts.shared..];
         let tokens = [prompt, &tokens[*prompt_tokens..]].concat();
         let rows = targets.rows.iter().map(|row| row + prompt.len() as u32 - *prompt_tokens as u32);
         let pack = Pack {
@@ -78,7 +111,7 @@ impl<'a> Teacher<'a> {
             targets: Targets { rows: rows.collect(), ..targets.clone() },
             dataset_rows: Vec::new(),
         };
-        let loss = evaluate(self.decoder, prefix, &pack, &StepOptions::default())?;
+        let loss = evaluate(self.decoder, &prompts.prefix, &pack, &StepOptions::default())?;
         Ok(Divergence { sum: loss.nll_sum + loss.entropy_sum, tokens: loss.rows })
     }
 }

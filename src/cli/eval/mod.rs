@@ -6,13 +6,12 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use self::kl::{Divergence, Teacher};
+use self::kl::{Divergence, Prompts, Teacher};
 use super::CliError;
 use super::ask::{Answer, ask};
 use super::runtime::{Runtime, RuntimeOptions};
-use crate::cartridge::{Lease, read_cartridge_bytes};
+use crate::cartridge::{Cartridge, Lease, read_cartridge_bytes};
 use crate::demo::{self, Question};
-use crate::train::{Parameters, PrefixLayer};
 
 /// Longest answer of the demo model, in tokens, with room to spare.
 const MAX_ANSWER_TOKENS: usize = 64;
@@ -58,39 +57,32 @@ impl Mode {
     }
 }
 
-/// A document and its cartridges, as a mode gives them to the model.
+/// What a mode gives the model of a document.
 struct Context {
-    /// In a system message, or empty.
-    text: &'static str,
-    cartridge: Option<Lease>,
-    /// The same cartridge.
-    prefix: Vec<PrefixLayer>,
+    /// In a system message.
+    text: Option<&'static str>,
+    cartridge: Option<Given>,
+}
+
+/// A cartridge, and the same for the engine.
+struct Given {
+    cartridge: Cartridge,
+    lease: Lease,
 }
 
 impl Context {
-    fn of(runtime: &Runtime, document: &demo::Document, mode: Mode) -> Result<Self, CliError> {
-        let (text, bytes) = match mode {
-            Mode::None => ("", None),
-            Mode::LongContext => (document.text.trim_end(), None),
-            Mode::ExactKv => ("", Some(document.cartridge)),
-            Mode::Trained => ("", Some(document.trained)),
+    fn of(document: &demo::Document, mode: Mode) -> Result<Self, CliError> {
+        let given = |bytes| -> Result<Self, CliError> {
+            let cartridge = read_cartridge_bytes(bytes, document.name)?;
+            let lease = Lease::detached(document.name, &cartridge)?;
+            Ok(Self { text: None, cartridge: Some(Given { cartridge, lease }) })
         };
-        let Some(bytes) = bytes else {
-            return Ok(Self { text, cartridge: None, prefix: Vec::new() });
-        };
-        let cartridge = read_cartridge_bytes(bytes, document.name)?;
-        let prefix = Parameters::new(cartridge.layers(), 0)?.prefix(runtime.decoder.device())?;
-        let cartridge = Some(Lease::detached(document.name, &cartridge)?);
-        Ok(Self { text, cartridge, prefix })
-    }
-
-    fn prompt(&self, runtime: &Runtime, question: &str) -> Result<Vec<u32>, CliError> {
-        let mut messages: Vec<Value> = Vec::new();
-        if !self.text.is_empty() {
-            messages.push(json!({"role": "system", "content": self.text}));
+        match mode {
+            Mode::None => Ok(Self { text: None, cartridge: None }),
+            Mode::LongContext => Ok(Self { text: Some(document.text.trim_end()), cartridge: None }),
+            Mode::ExactKv => given(document.cartridge),
+            Mode::Trained => given(document.trained),
         }
-        messages.push(json!({"role": "user", "content": question}));
-        runtime.chat_prompt(&messages, self.cartridge.is_some())
     }
 }
 
@@ -118,7 +110,7 @@ struct Row {
 /// One question answered in one mode.
 struct Answered {
     text: String,
-    prompt_tokens: usize,
+    prompt: Vec<u32>,
     kv_tokens: usize,
     ttft_ms: f64,
     divergence: Divergence,
@@ -170,28 +162,33 @@ pub fn run(args: EvalArgs) -> Result<(), CliError> {
 }
 
 /// Asks every question of every document in every mode. The modes take turns question by question, so
-/// that a machine that slows down slows all of them.
+/// that a machine that slows down slows all of them. Divergences are measured apart, since that would slow
+/// the next question.
 fn evaluate(runtime: &Runtime) -> Result<Vec<Asked>, CliError> {
     let mut asked = Vec::new();
     for document in demo::DOCUMENTS {
         let broken = |e| CliError::Usage(format!("the questions of {}: {e}", document.name));
         let questions = document.questions().map_err(broken)?;
-        let contexts = MODES.iter().map(|mode| Context::of(runtime, document, *mode));
+        let contexts = MODES.iter().map(|mode| Context::of(document, *mode));
         let contexts = contexts.collect::<Result<Vec<_>, _>>()?;
-        let prompts = |question: &Question| -> Result<Vec<Vec<u32>>, CliError> {
-            contexts.iter().map(|context| context.prompt(runtime, &question.question)).collect()
-        };
-        let prompts =
-            questions.questions.iter().map(prompts).collect::<Result<Vec<_>, CliError>>()?;
-        let teacher = Teacher::answers(runtime, prompts.iter().map(|p| p[TEACHER].clone()))?;
-        for (i, (question, prompts)) in questions.questions.into_iter().zip(prompts).enumerate() {
-            let answers = contexts.iter().zip(prompts).map(|(context, prompt)| {
-                let divergence = teacher.divergence(i, &prompt, &context.prefix)?;
-                put(runtime, context, prompt, divergence)
-            });
+        let first = asked.len();
+        for question in questions.questions {
+            let answers = contexts.iter().map(|context| put(runtime, context, &question.question));
             let answers = answers.collect::<Result<_, CliError>>()?;
             let refusal = questions.refusal.clone();
             asked.push(Asked { document: document.name, question, refusal, answers });
+        }
+        let asked = &mut asked[first..];
+        let prompts = contexts.iter().enumerate().map(|(mode, context)| {
+            let prompts = asked.iter().map(|asked| asked.answers[mode].prompt.clone()).collect();
+            Prompts::new(runtime, context.cartridge.as_ref().map(|c| &c.cartridge), prompts)
+        });
+        let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
+        let teacher = Teacher::answers(runtime, &prompts[TEACHER])?;
+        for (question, asked) in asked.iter_mut().enumerate() {
+            for (answer, prompts) in asked.answers.iter_mut().zip(&prompts) {
+                answer.divergence = teacher.divergence(prompts, question)?;
+            }
         }
     }
     Ok(asked)
@@ -218,7 +215,7 @@ fn row(runtime: &Runtime, mode: Mode, index: usize, asked: &[Asked]) -> Row {
         questions: asked.len(),
         accuracy: share(&|a| a.question.in_document, &|a| &a.question.answer),
         refusals: share(&|a| mode == Mode::None || !a.question.in_document, &|a| &a.refusal),
-        prompt_tokens: mean(&|a| a.prompt_tokens),
+        prompt_tokens: mean(&|a| a.prompt.len()),
         kv_bytes: mean(&|a| a.kv_tokens) * token_bytes as f64,
         kl: answers().map(|a| a.divergence).sum::<Divergence>().per_token(),
         ttft_ms: ttft.get(ttft.len() / 2).copied().unwrap_or_default(),
@@ -242,16 +239,17 @@ fn per_question(asked: &Asked) -> Value {
     })
 }
 
-fn put(
-    runtime: &Runtime,
-    context: &Context,
-    prompt: Vec<u32>,
-    divergence: Divergence,
-) -> Result<Answered, CliError> {
-    let prompt_tokens = prompt.len();
-    let cartridges: Vec<Lease> = context.cartridge.iter().cloned().collect();
-    let kv_tokens = prompt_tokens + cartridges.iter().map(|c| c.tokens()).sum::<usize>();
+fn put(runtime: &Runtime, context: &Context, question: &str) -> Result<Answered, CliError> {
+    let mut messages: Vec<Value> = Vec::new();
+    if let Some(text) = context.text {
+        messages.push(json!({"role": "system", "content": text}));
+    }
+    messages.push(json!({"role": "user", "content": question}));
+    let prompt = runtime.chat_prompt(&messages, context.cartridge.is_some())?;
+    let cartridges = context.cartridge.iter().map(|c| c.lease.clone()).collect();
+    let kv_tokens =
+        prompt.len() + context.cartridge.iter().map(|c| c.lease.tokens()).sum::<usize>();
     let Answer { text, ttft_ms } =
-        ask(runtime, prompt, cartridges, MAX_ANSWER_TOKENS)?.answer(runtime)?;
-    Ok(Answered { text, prompt_tokens, kv_tokens, ttft_ms, divergence })
+        ask(runtime, prompt.clone(), cartridges, MAX_ANSWER_TOKENS)?.answer(runtime)?;
+    Ok(Answered { text, prompt, kv_tokens, ttft_ms, divergence: Divergence::default() })
 }
