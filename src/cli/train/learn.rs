@@ -41,7 +41,8 @@ impl Course<'_> {
         self.measure(trainer, &mut report)?;
         self.ask(trainer, &mut report)?;
         let flags = self.flags;
-        let due = |every: Option<u64>, step: u64| every.is_some_and(|n| n > 0 && step % n == 0);
+        // Never with 0: there is no update 0 in the loop.
+        let due = |every: Option<u64>, step: u64| every.is_some_and(|n| step.is_multiple_of(n));
         let save_every = Some(flags.save_every_n_steps.unwrap_or(100).max(1));
         let mut saved = trainer.position().step;
         while !trainer.is_done() {
