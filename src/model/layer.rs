@@ -4,7 +4,8 @@ use candle_core::{Result, Tensor};
 
 use super::{Attend, ModelConfig};
 use crate::ops::{
-    Linear, apply_rope, rms_norm, rms_norm_backward, rope_backward, swiglu, swiglu_backward,
+    Linear, add_in_place, apply_rope, rms_norm, rms_norm_backward, rope_backward, swiglu,
+    swiglu_backward,
 };
 
 #[derive(Debug, Clone)]
@@ -94,11 +95,11 @@ impl Layer {
         let k = apply_rope(&k, &angles.cos, &angles.sin)?;
         let attention = attend.attend(index, &q, &k, &v)?;
         let flat = attention.reshape(((), config.heads * config.head_dim))?;
-        let middle = (pick(hidden)? + self.o.forward(&flat)?)?;
+        let middle = add_in_place(self.o.forward(&flat)?, &pick(hidden)?)?;
         let x = rms_norm(&middle, &self.post_norm, eps)?;
         let (gate, up) = (self.gate.forward(&x)?, self.up.forward(&x)?);
         drop(x);
-        let output = (&middle + self.down.forward(&swiglu(&gate, &up)?)?)?;
+        let output = add_in_place(self.down.forward(&swiglu(&gate, &up)?)?, &middle)?;
         let hidden = hidden.clone();
         Ok((output, Trace { hidden, unnormed, q, k, v, attention, middle, gate, up }))
     }

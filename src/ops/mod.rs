@@ -14,6 +14,7 @@ mod reduce;
 mod rms_norm;
 mod rope;
 pub(crate) mod simd;
+mod sum;
 mod swiglu;
 
 pub use linear::Linear;
@@ -21,6 +22,7 @@ pub use matrix::Matrix;
 pub use reduce::{all_finite, argmax, exp_in_place, exp_sum, max};
 pub use rms_norm::{rms_norm, rms_norm_backward};
 pub use rope::{RopeScaling, RopeTable, apply_rope, rope_backward};
+pub use sum::add_in_place;
 pub use swiglu::{swiglu, swiglu_backward};
 
 use std::ops::{Deref, Range};
