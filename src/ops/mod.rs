@@ -97,7 +97,7 @@ impl Deref for Numbers<'_> {
 
 /// Calls `f` with the elements of an f32 CPU tensor, copied only if they are not contiguous.
 pub(crate) fn with_f32<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
-    f(&*Numbers::of(&tensor.contiguous()?)?)
+    f(&Numbers::of(&tensor.contiguous()?)?)
 }
 
 #[cfg(test)]

@@ -168,34 +168,45 @@ fn compute(product: &Product<'_>) {
 
 #[inline(always)]
 fn compute_with<L: Lanes>(product: &Product<'_>) {
-    // A pair of tiles stays in the nearest cache while the rows pass by; few rows need more tiles at once
-    // for enough independent sums.
-    let step = if product.rows <= 4 { 4 } else { 2 };
+    // A pair of tiles stays in the nearest cache while the rows pass by. The last few rows need more tiles
+    // at once for enough independent sums.
+    let few = product.rows % ROWS <= 4;
     let mut tile = 0;
-    while tile + step <= product.tiles {
-        if step == 4 {
-            rows_with::<L, 4>(product, tile)
-        } else {
-            rows_with::<L, 2>(product, tile)
-        }
-        tile += step;
-    }
     while tile < product.tiles {
-        rows_with::<L, 1>(product, tile);
-        tile += 1;
+        match product.tiles - tile {
+            1 => {
+                whole_rows::<L, 1>(product, tile);
+                last_rows::<L, 1>(product, tile);
+                tile += 1;
+            }
+            4.. if few => {
+                whole_rows::<L, 2>(product, tile);
+                whole_rows::<L, 2>(product, tile + 2);
+                last_rows::<L, 4>(product, tile);
+                tile += 4;
+            }
+            _ => {
+                whole_rows::<L, 2>(product, tile);
+                last_rows::<L, 2>(product, tile);
+                tile += 2;
+            }
+        }
     }
 }
 
 #[inline(always)]
-fn rows_with<L: Lanes, const TILES: usize>(product: &Product<'_>, tile: usize) {
-    let mut row = 0;
-    // Four tiles are asked for with at most four rows.
-    while TILES <= 2 && row + ROWS <= product.rows {
+fn whole_rows<L: Lanes, const TILES: usize>(product: &Product<'_>, tile: usize) {
+    for row in (0..product.rows / ROWS * ROWS).step_by(ROWS) {
         sums::<L, ROWS, TILES>(product, row, tile);
-        row += ROWS;
     }
-    match product.rows - row {
-        0 => {}
+}
+
+/// What [`whole_rows`] leaves; at most four with four tiles.
+#[inline(always)]
+fn last_rows<L: Lanes, const TILES: usize>(product: &Product<'_>, tile: usize) {
+    let rows = product.rows % ROWS;
+    let row = product.rows - rows;
+    match rows {
         1 => sums::<L, 1, TILES>(product, row, tile),
         2 => sums::<L, 2, TILES>(product, row, tile),
         3 => sums::<L, 3, TILES>(product, row, tile),
@@ -203,7 +214,7 @@ fn rows_with<L: Lanes, const TILES: usize>(product: &Product<'_>, tile: usize) {
         5 if TILES <= 2 => sums::<L, 5, TILES>(product, row, tile),
         6 if TILES <= 2 => sums::<L, 6, TILES>(product, row, tile),
         7 if TILES <= 2 => sums::<L, 7, TILES>(product, row, tile),
-        rows => unreachable!("{rows} rows left"),
+        _ => {}
     }
 }
 
@@ -310,7 +321,7 @@ mod tests {
     fn strides_tiles_and_sums_are_those_of_the_naive_product() {
         let depth = 7;
         for rows in (1..=9).chain([17, 24]) {
-            for columns in [1, 16, 20, 33, 64, 70] {
+            for columns in [1usize, 16, 20, 33, 64, 70] {
                 let width = columns.next_multiple_of(LANES);
                 // Rows within longer ones, and the columns of others.
                 let (a, b) = (values(rows * depth * 3, 7, 11), values(depth * width, 5, 13));

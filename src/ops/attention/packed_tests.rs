@@ -196,11 +196,11 @@ fn without_a_prefix_it_is_causal_attention() -> Result<()> {
         cu_seqlens: vec![0, 70, 75],
     };
     let [q, k, v, ..] = case.vars_without_prefix()?;
-    let attend = |cu_seqlens: &[u32], q: &Tensor, kv: PackedKv<'_>| {
+    let attend = |cu_seqlens: &[u32], q: &Tensor, kv: PackedKv<'_>| -> Result<Tensor> {
         let queries: Vec<u32> = (0..q.dim(0)? as u32).collect();
         Ok(PackedAttention::new(cu_seqlens, &queries, case.heads, 0.5)?.forward(q, kv)?.0)
     };
-    let ours: Tensor = attend(&case.cu_seqlens, &q, PackedKv { k: &k, v: &v, prefix: None })?;
+    let ours = attend(&case.cu_seqlens, &q, PackedKv { k: &k, v: &v, prefix: None })?;
     // The first row of a sequence sees itself only.
     for row in [0, 70] {
         let values = v.narrow(0, row, 1)?.unsqueeze(2)?.broadcast_as((1, 2, 2, 8))?;
@@ -211,7 +211,7 @@ fn without_a_prefix_it_is_causal_attention() -> Result<()> {
     let rest = |t: &Tensor| t.narrow(0, 30, 40)?.contiguous();
     let (keys, values) = (beginning(&k)?, beginning(&v)?);
     let kv = PackedKv { k: &rest(&k)?, v: &rest(&v)?, prefix: Some((&keys, &values)) };
-    let after: Tensor = attend(&[0, 40], &rest(&q)?, kv)?;
+    let after = attend(&[0, 40], &rest(&q)?, kv)?;
     assert_close(&after, &rest(&ours)?, 1e-5);
     Ok(())
 }
