@@ -287,6 +287,20 @@ fn gradients_pass_through_quantised_weights() {
     }
 }
 
+/// What resuming exactly on another machine rests on.
+#[test]
+fn a_step_has_the_same_bits_whatever_the_number_of_threads() {
+    let decoder = load_decoder(&ModelSource::Demo, None).unwrap();
+    let (prefix, pack) = random_case(&decoder, 9, &[12, 130, 600, 1]);
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let step = pool.install(|| gradients(&decoder, &prefix, &pack, &options(1.0, false)));
+        let step = step.unwrap();
+        (step.loss, both(&step.gradients).map(values).collect::<Vec<_>>())
+    };
+    assert_eq!(run(1), run(3));
+}
+
 /// Invariant 8, as far as a step is concerned.
 #[test]
 fn a_step_leaves_the_model_and_the_cartridge_as_they_were() {
