@@ -1,15 +1,19 @@
 //! `cartouche train`: learn a cartridge for a document, evaluate it, publish it.
 
+pub(super) mod data_options;
+pub(super) mod document;
 mod evaluation;
-mod lessons;
-mod options;
+pub(super) mod lessons;
+pub(super) mod options;
 mod report;
+mod study;
 
 use std::path::PathBuf;
 
 use candle_core::{DType, Device};
 use clap::Args;
 
+use self::data_options::DataFlags;
 use self::evaluation::{Answerer, Evaluation};
 use self::lessons::Document;
 use self::options::{SaveDtype, Start, TrainFlags, usage};
@@ -25,16 +29,20 @@ use crate::train::{self, Parameters, RunDir, Trainer};
 
 /// Learn a small cartridge that answers like a long document
 ///
-/// The model itself is the teacher: with the document in its prompt it answers the questions, and the
-/// cartridge learns to answer alike without it. A run that was stopped goes on where it was saved last.
+/// The model itself is the teacher: it asks itself questions about the document (or takes yours, with
+/// --conversations), answers them with the document in its prompt, and the cartridge learns to answer alike
+/// without it. A run that was stopped goes on where it was.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:
+#[command(after_help = "Examples:
+  cartouche train --model ./instruct-model --document notes.txt --publish notes
   cartouche train --document demo:harbour-log --conversations demo:harbour-log \\
     --questions demo:harbour-log --publish harbour-small")]
 pub struct TrainArgs {
     /// YAML file with any of the options below, written with _ for - (flags win)
     #[arg(long)]
     config: Option<PathBuf>,
+    #[command(flatten)]
+    data: DataFlags,
     #[command(flatten)]
     train: TrainFlags,
     #[command(flatten)]
@@ -45,16 +53,16 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     let file = ConfigFile::read(args.config.as_deref())?;
     let known = [
         serde_json::to_value(RuntimeOptions::default()),
+        serde_json::to_value(DataFlags::default()),
         serde_json::to_value(TrainFlags::default()),
     ];
     file.check_keys(&known.map(|value| value.unwrap_or_default()))?;
     let (flags, options) = (file.complete(&args.train)?, file.complete(&args.runtime)?);
+    let data: DataFlags = file.complete(&args.data)?;
     // Wrong values are told before the model is loaded.
-    flags.trainer(1)?;
-    let from = flags
-        .document
-        .as_deref()
-        .ok_or_else(|| usage("--document: which text is the cartridge to stand for?".to_owned()))?;
+    flags.trainer(1, data.seed())?;
+    data.check()?;
+    let from = data.document()?;
     options.set_threads()?;
     train::keep_freed_memory();
     let runtime = options.start()?;
@@ -62,11 +70,11 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     let run_dir =
         flags.run_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&document.name));
     let run_dir = RunDir::open(&run_dir, flags.keep_last_n_saved.unwrap_or(2))?;
-    let mut trainer = trainer(&runtime, &document, &flags, &run_dir)?;
+    let mut trainer = trainer(&runtime, &document, &data, &flags, &run_dir)?;
     if run_dir.resume(&mut trainer)? {
         println!("going on after update {}", trainer.position().step);
     }
-    let cartridge = learn(&runtime, &document, &flags, &run_dir, &mut trainer)?;
+    let cartridge = learn(&runtime, &document, &data, &flags, &run_dir, &mut trainer)?;
     trainer.check_weights()?;
     if let Some(id) = &flags.publish {
         let dir = options.cartridge_dir.unwrap_or_else(|| PathBuf::from("cartridges"));
@@ -75,26 +83,16 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-/// The run as it begins: its packs, made once and kept, and its start.
+/// The run as it begins: its packs and its start.
 fn trainer(
     runtime: &Runtime,
     document: &Document,
+    data: &DataFlags,
     flags: &TrainFlags,
     run_dir: &RunDir,
 ) -> Result<Trainer, CliError> {
-    let source = lessons::source(document, flags)?;
-    let packs = match run_dir.has_packs() {
-        true => {
-            run_dir.check_source(&source)?;
-            run_dir.read_packs()?
-        }
-        false => {
-            let packs = lessons::packs(runtime, document, flags)?;
-            run_dir.write_packs(&packs, &source)?;
-            packs
-        }
-    };
-    let start = start(runtime, document, flags)?;
+    let packs = lessons::packs(runtime, document, data, flags, run_dir)?;
+    let start = start(runtime, document, flags, data.seed())?;
     let frozen = flags.num_frozen_tokens.unwrap_or(1);
     let parameters = Parameters::new(&start, frozen)?;
     println!(
@@ -106,7 +104,7 @@ fn trainer(
         packs.len(),
         packs.iter().map(|pack| pack.targets.supervised_rows()).sum::<usize>(),
     );
-    let options = flags.trainer(packs.len())?;
+    let options = flags.trainer(packs.len(), data.seed())?;
     Ok(Trainer::new(runtime.decoder.clone(), parameters, packs, options)?)
 }
 
@@ -114,6 +112,7 @@ fn start(
     runtime: &Runtime,
     document: &Document,
     flags: &TrainFlags,
+    seed: u64,
 ) -> Result<Vec<LayerKv>, CliError> {
     let tokens = flags.tokens.unwrap_or_else(|| document.tokens.len().div_ceil(20).max(2));
     let decoder = &runtime.decoder;
@@ -121,7 +120,7 @@ fn start(
         Start::Text => train::from_text(decoder, &document.tokens, document.closing, tokens)?,
         Start::Random => {
             let scale = flags.init_scale.unwrap_or(1.0);
-            train::random(decoder.config().kv_shape(), tokens, scale, flags.seed())?
+            train::random(decoder.config().kv_shape(), tokens, scale, seed)?
         }
         Start::Cartridge => {
             let path = flags.init_cartridge.as_deref().ok_or_else(|| {
@@ -137,6 +136,7 @@ fn start(
 fn learn(
     runtime: &Runtime,
     document: &Document,
+    data: &DataFlags,
     flags: &TrainFlags,
     run_dir: &RunDir,
     trainer: &mut Trainer,
@@ -148,7 +148,7 @@ fn learn(
     };
     let facts = facts(runtime, document);
     let mut report = Report::open(run_dir.path(), trainer.position().step, trainer.max_steps())?;
-    let max_tokens = flags.answer_tokens.unwrap_or(256);
+    let max_tokens = data.answer_tokens()?;
     let evaluation = flags.questions.as_deref();
     let evaluation =
         evaluation.map(|from| Evaluation::read(runtime, document, from, max_tokens)).transpose()?;
