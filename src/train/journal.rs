@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -18,9 +18,17 @@ use super::teacher::Answered;
 /// Questions and answers, kept in memory and, if it has one, in a file.
 #[derive(Debug, Default)]
 pub struct Journal {
-    file: Option<(PathBuf, File)>,
+    place: Option<Place>,
     drafts: HashMap<(u32, usize), Draft>,
     answers: HashMap<usize, Answered>,
+}
+
+#[derive(Debug)]
+struct Place {
+    path: PathBuf,
+    source: String,
+    /// Made with the first line, so that a run that never asked leaves nothing.
+    file: Option<File>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -39,15 +47,16 @@ impl Journal {
     /// [`TrainError::Resume`] when the file is of another source; [`TrainError::Io`].
     pub fn open(path: &Path, source: &str) -> Result<Self, TrainError> {
         let mut journal = Self::default();
-        let file = OpenOptions::new().read(true).append(true).create(true).open(path);
-        let mut file = file.map_err(|e| io("open", path, e))?;
-        let whole = journal.read(path, &file, source)?;
-        // A kill can leave the beginning of a line.
-        file.set_len(whole).map_err(|e| io("write", path, e))?;
-        if whole == 0 {
-            write(path, &mut file, &Line::Source { source: source.to_owned() })?;
+        let file = match OpenOptions::new().read(true).append(true).open(path) {
+            Err(e) if e.kind() == ErrorKind::NotFound => None,
+            file => Some(file.map_err(|e| io("open", path, e))?),
+        };
+        if let Some(file) = &file {
+            let whole = journal.read(path, file, source)?;
+            // A kill can leave the beginning of a line.
+            file.set_len(whole).map_err(|e| io("write", path, e))?;
         }
-        journal.file = Some((path.to_owned(), file));
+        journal.place = Some(Place { path: path.to_owned(), source: source.to_owned(), file });
         Ok(journal)
     }
 
@@ -108,20 +117,32 @@ impl Journal {
         Ok(())
     }
 
-    /// Deletes the file: what it was for is kept elsewhere.
+    /// Deletes the file: what it was for is kept elsewhere, or came to nothing.
     ///
     /// # Errors
     /// [`TrainError::Io`].
-    pub fn remove(self) -> Result<(), TrainError> {
-        let Some((path, _)) = self.file else { return Ok(()) };
-        std::fs::remove_file(&path).map_err(|e| io("remove", &path, e))
+    pub fn remove(&mut self) -> Result<(), TrainError> {
+        match self.place.take() {
+            Some(Place { path, file: Some(_), .. }) => {
+                std::fs::remove_file(&path).map_err(|e| io("remove", &path, e))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn append(&mut self, line: &Line) -> Result<(), TrainError> {
-        match &mut self.file {
-            Some((path, file)) => write(path, file, line),
-            None => Ok(()),
+        let Some(Place { path, source, file }) = &mut self.place else { return Ok(()) };
+        let file = match file {
+            Some(file) => file,
+            none => {
+                let made = OpenOptions::new().append(true).create(true).open(&*path);
+                none.insert(made.map_err(|e| io("make", path, e))?)
+            }
+        };
+        if file.metadata().map_err(|e| io("read", path, e))?.len() == 0 {
+            write(path, file, &Line::Source { source: source.clone() })?;
         }
+        write(path, file, line)
     }
 }
 

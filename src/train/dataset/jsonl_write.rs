@@ -91,3 +91,40 @@ impl Serialize for TopLogprobs {
         flat.serialize(serializer)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::dataset::DatasetReader;
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let logprobs = [-0.1, -f32::MIN_POSITIVE, -17.123_457];
+        let top = TopLogprobs::flat(&[0, 0, 2], &[7, 8, 9], &logprobs, Some(&[3, 20])).unwrap();
+        let answer = Message {
+            role: "assistant".to_owned(),
+            content: "Grüße\n\u{2028}".to_owned(),
+            token_ids: Some(vec![7, 1, 9]),
+            top_logprobs: Some(top),
+        };
+        let question = Message { role: "user".to_owned(), ..Message::default() };
+        let rows = [
+            Conversation {
+                messages: vec![question.clone(), answer],
+                system_prompt: Some("A text".to_owned()),
+                kind: Some("self_study".to_owned()),
+                metadata: serde_json::json!({"seed_prompt": "Ask.", "n": 3}),
+            },
+            Conversation { messages: vec![question], ..Conversation::default() },
+        ];
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        write_jsonl(&path, &rows).unwrap();
+        let read: Vec<_> = DatasetReader::open(&path).unwrap().map(|row| row.unwrap().1).collect();
+        assert_eq!(read, rows);
+        assert!(matches!(write_jsonl(&path, &[]), Err(DatasetError::Empty { .. })));
+        let nowhere = dir.path().join("missing/rows.jsonl");
+        assert!(matches!(write_jsonl(&nowhere, &rows), Err(DatasetError::Io { .. })));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+}

@@ -116,10 +116,12 @@ pub fn ask(
     }
     let samples = options.samples;
     let questions: Vec<Question> = kept.into_iter().flatten().collect();
-    match questions.len() * 2 < samples {
-        true => Err(SelfStudyError::TooFew { samples, kept: questions.len(), tally, wrote }),
-        false => Ok(questions),
+    if questions.len() * 2 < samples {
+        // It would come to the same, and stand in the way of other options.
+        journal.remove()?;
+        return Err(SelfStudyError::TooFew { samples, kept: questions.len(), tally, wrote });
     }
+    Ok(questions)
 }
 
 struct Study<'a> {

@@ -71,7 +71,7 @@ impl<'a> Chunks<'a> {
         // Multiples of the golden ratio, modulo 1, fill the interval evenly.
         let offset = random(self.seed, Purpose::Chunk, 0, 1).next_u64();
         let at = offset.wrapping_add((index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        let centre = (u128::from(at) * tokens as u128 >> 64) as usize;
+        let centre = ((u128::from(at) * tokens as u128) >> 64) as usize;
         let begin = centre.saturating_sub(wanted / 2).min(tokens - wanted);
         let near = begin.saturating_sub(wanted / 4)..=begin;
         let begin = near.rev().find(|&token| self.begins_line(token)).unwrap_or(begin);

@@ -33,6 +33,6 @@ enum Purpose {
 fn random(seed: u64, purpose: Purpose, index: usize, attempt: u32) -> ChaCha8Rng {
     // Other parts of training use the first streams of the same seed.
     let mut random = ChaCha8Rng::seed_from_u64(seed ^ 0x5e1f_57ad);
-    random.set_stream((index as u64) << 8 | u64::from(attempt) << 2 | purpose as u64);
+    random.set_stream(((index as u64) << 8) | (u64::from(attempt) << 2) | purpose as u64);
     random
 }
