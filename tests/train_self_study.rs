@@ -301,7 +301,7 @@ fn options_that_make_no_sense_are_refused_before_anything_is_asked() {
         (&["--seed-kinds", "question", "--seed-prompts", "seeds.txt"], "need each other"),
         (&["--seed-prompts", "blank.txt"], "one on each line"),
         (&["--seed-prompts", "missing.txt"], "missing.txt"),
-        (&["--question-temperature", "-1"], "question_temperature"),
+        (&["--question-temperature=-1"], "question_temperature"),
         (&["--answer-temperature", "nan"], "answer_temperature"),
         (&["--question-tokens", "4000"], "4096"),
     ];

@@ -77,7 +77,10 @@ impl<'a> Chunks<'a> {
         let begin = near.rev().find(|&token| self.begins_line(token)).unwrap_or(begin);
         let end = begin + wanted;
         let least = begin + self.sizes.min.max(wanted / 2);
-        begin..(least..=end).rev().find(|&token| self.begins_line(token)).unwrap_or(end)
+        let most = (begin + self.sizes.max).min(tokens);
+        let mut near = (least..=end).rev().chain(end..=most);
+        let end = near.find(|&token| self.begins_line(token)).unwrap_or(end);
+        begin..end
     }
 
     fn begins_line(&self, token: usize) -> bool {

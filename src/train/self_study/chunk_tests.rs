@@ -1,10 +1,15 @@
+use std::sync::LazyLock;
+
 use proptest::prelude::*;
 
 use super::*;
 use crate::demo;
 
-fn tokenizer() -> Tokenizer {
-    Tokenizer::from_bytes(demo::model_file("tokenizer.json").unwrap()).unwrap()
+fn tokenizer() -> &'static Tokenizer {
+    static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(|| {
+        Tokenizer::from_bytes(demo::model_file("tokenizer.json").unwrap()).unwrap()
+    });
+    &TOKENIZER
 }
 
 fn chunks<'a>(
@@ -21,16 +26,16 @@ fn chunks<'a>(
 fn a_short_document_is_one_chunk() {
     let tokenizer = tokenizer();
     let text = "Ondar\nVelby";
-    let chunk = chunks(text, &tokenizer, 100, 200, 1).chunk(3).unwrap();
+    let chunk = chunks(text, tokenizer, 100, 200, 1).chunk(3).unwrap();
     assert_eq!(chunk.bytes, 0..text.len());
-    assert_eq!(chunks("", &tokenizer, 1, 2, 1).chunk(0).unwrap().bytes, 0..0);
+    assert_eq!(chunks("", tokenizer, 1, 2, 1).chunk(0).unwrap().bytes, 0..0);
 }
 
 #[test]
 fn sizes_that_contradict_each_other_are_refused() {
     let tokenizer = tokenizer();
     for (min, max) in [(0, 5), (6, 5)] {
-        let error = Chunks::new("text", &tokenizer, ChunkSizes { min, max }, 1).unwrap_err();
+        let error = Chunks::new("text", tokenizer, ChunkSizes { min, max }, 1).unwrap_err();
         assert!(matches!(error, SelfStudyError::ChunkSizes { .. }), "{error}");
     }
 }
@@ -40,7 +45,7 @@ fn sizes_that_contradict_each_other_are_refused() {
 fn chunks_are_lines_from_everywhere() {
     let tokenizer = tokenizer();
     let document = demo::DOCUMENTS[0].text;
-    let chunks = chunks(document, &tokenizer, 60, 120, 9);
+    let chunks = chunks(document, tokenizer, 60, 120, 9);
     let mut covered = vec![0_usize; document.len()];
     for index in 0..200 {
         let Chunk { bytes, tokens } = chunks.chunk(index).unwrap();
@@ -66,7 +71,7 @@ proptest! {
         index in 0_usize..100_000,
     ) {
         let tokenizer = tokenizer();
-        let chunks = chunks(&text, &tokenizer, min, min + more, seed);
+        let chunks = chunks(&text, tokenizer, min, min + more, seed);
         let chunk = chunks.chunk(index).unwrap();
         let part = text.get(chunk.bytes.clone());
         prop_assert!(part.is_some(), "{:?}", chunk);

@@ -35,9 +35,8 @@ pub struct Seed {
     pub text: String,
 }
 
-/// Ends every prompt of ours: the answer is to be the message and nothing else.
-const FORM: &str = "Name what you mean, so that the message can be understood by somebody who has the text \
-                    but does not know which part of it you saw. Write only the message itself.";
+/// Ends every prompt of ours. Short: small models lose the task over more.
+const FORM: &str = "Name what it is about. Write only the message itself.";
 
 impl SeedKind {
     /// The kinds that have prompts of ours.
