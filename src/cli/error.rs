@@ -17,6 +17,8 @@ pub enum CliError {
     #[error(transparent)]
     Train(#[from] crate::train::TrainError),
     #[error(transparent)]
+    SelfStudy(#[from] crate::train::self_study::SelfStudyError),
+    #[error(transparent)]
     Dataset(#[from] crate::train::dataset::DatasetError),
     #[error(transparent)]
     Row(#[from] crate::train::dataset::RowError),

@@ -9,8 +9,9 @@ use crate::cartridge::Cartridge;
 use crate::cli::CliError;
 use crate::cli::runtime::Runtime;
 use crate::model::{Decoder, prefill};
+use crate::train::dataset::{Element, MassCut};
 use crate::train::{
-    Lesson, Pack, Parameters, PrefixLayer, StepOptions, Targets, Taught, TeacherOptions, evaluate,
+    Journal, Lesson, Pack, Parameters, PrefixLayer, StepOptions, Targets, TeacherOptions, evaluate,
     teach,
 };
 
@@ -75,7 +76,8 @@ fn shared_tokens(prompts: &[Vec<u32>]) -> usize {
 /// The teacher's answers and its distribution at each of their tokens.
 pub struct Teacher<'a> {
     decoder: &'a Decoder,
-    taught: Vec<Taught>,
+    /// The teacher's sequences with its distributions as targets.
+    taught: Vec<Element>,
 }
 
 impl<'a> Teacher<'a> {
@@ -89,22 +91,27 @@ impl<'a> Teacher<'a> {
         let lessons: Vec<Lesson> = prompts.prompts.iter().map(lesson).collect();
         let options = TeacherOptions {
             top: runtime.engine.info().vocab_size,
+            // Rounding may add up to more than 1 before the last entry: nothing is cut.
+            cut: MassCut { min_prob_mass: f64::INFINITY, ..MassCut::default() },
             max_tokens: super::MAX_ANSWER_TOKENS,
             temperature: 0.0,
             seed: 0,
             stop_token_ids: runtime.model.eos_token_ids.clone(),
         };
-        // Rounding may add up to more than 1 before the last entry: nothing is cut.
-        let taught = teach(&runtime.engine, &lessons, &options, f32::INFINITY, || {})?;
-        Ok(Self { decoder: &runtime.decoder, taught })
+        let mut in_memory = Journal::default();
+        let answers = teach(&runtime.engine, &lessons, &options, &mut in_memory, || {})?;
+        let taught = lessons.iter().zip(&answers).map(|(lesson, answer)| lesson.element(answer, 0));
+        Ok(Self { decoder: &runtime.decoder, taught: taught.collect() })
     }
 
     /// From the teacher to the model with prompt `index`, over the tokens of the teacher's answer to it.
     pub fn divergence(&self, prompts: &Prompts, index: usize) -> Result<Divergence, CliError> {
-        let Taught { tokens, prompt_tokens, targets } = &self.taught[index];
+        let Element { tokens, targets, supervised, .. } = &self.taught[index];
+        // The row before a token predicts it.
+        let prompt_tokens = supervised.first().map_or(0, |rows| rows.start as usize + 1);
         let prompt = &prompts.prompts[index][prompts.shared..];
-        let tokens = [prompt, &tokens[*prompt_tokens..]].concat();
-        let rows = targets.rows.iter().map(|row| row + prompt.len() as u32 - *prompt_tokens as u32);
+        let tokens = [prompt, &tokens[prompt_tokens..]].concat();
+        let rows = targets.rows.iter().map(|row| row + prompt.len() as u32 - prompt_tokens as u32);
         let pack = Pack {
             cu_seqlens: vec![0, tokens.len() as u32],
             tokens,

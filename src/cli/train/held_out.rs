@@ -1,14 +1,14 @@
 //! The loss on held-out conversations, with targets of the same teacher.
 
-use std::path::Path;
-
 use serde_json::{Value, json};
 
-use super::lessons::{Document, demo_document, packs_of, source_of, stem};
-use super::options::{TrainFlags, usage};
+use super::conversations::Conversations;
+use super::data_options::DataFlags;
+use super::document::Document;
+use super::lessons;
+use super::options::TrainFlags;
 use crate::cli::CliError;
 use crate::cli::runtime::Runtime;
-use crate::train::dataset::{Conversation, DatasetReader, Message};
 use crate::train::{HeldOut, Pack, RunDir};
 
 /// Held-out conversations, packed.
@@ -23,37 +23,14 @@ impl HeldOutPacks {
     pub fn prepare(
         runtime: &Runtime,
         document: &Document,
+        data: &DataFlags,
         flags: &TrainFlags,
         run_dir: &RunDir,
     ) -> Result<Option<Self>, CliError> {
-        let Some(from) = flags.eval_conversations.as_deref() else { return Ok(None) };
-        let limit = flags.eval_limit.unwrap_or(usize::MAX);
-        let demo = from.strip_prefix("demo:");
-        let asked = demo.map(demo_questions).transpose()?;
-        let content = match &asked {
-            Some(asked) => asked.join("\n").into_bytes(),
-            None => {
-                std::fs::read(from).map_err(|source| CliError::Io { path: from.into(), source })?
-            }
-        };
-        let source = source_of(document, &content, flags.eval_limit, flags);
+        let Some(conversations) = Conversations::held_out(flags) else { return Ok(None) };
         let file = run_dir.eval_packs();
-        let packs = if file.exists() {
-            file.check_source(&source)?;
-            file.read()?
-        } else {
-            let conversations: Vec<_> = match asked {
-                Some(asked) => asked.into_iter().map(question).enumerate().take(limit).collect(),
-                None => {
-                    DatasetReader::open(Path::new(from))?.take(limit).collect::<Result<_, _>>()?
-                }
-            };
-            let packs = packs_of(runtime, document, from, &conversations, flags)?;
-            file.write(&packs, &source)?;
-            packs
-        };
-        let name = demo.map_or_else(|| stem(from), str::to_owned);
-        Ok(Some(Self { name, packs }))
+        let packs = lessons::packs(runtime, document, &conversations, (data, flags), &file)?;
+        Ok(Some(Self { name: conversations.name(), packs }))
     }
 
     /// The line of metrics after `step` updates. Token counts are means per conversation, as in the original
@@ -77,17 +54,4 @@ impl HeldOutPacks {
         }
         line
     }
-}
-
-fn demo_questions(name: &str) -> Result<Vec<String>, CliError> {
-    let questions = demo_document(name)?
-        .questions()
-        .map_err(|e| usage(format!("the built-in questions of {name}: {e}")))?;
-    Ok(questions.questions.into_iter().map(|question| question.question).collect())
-}
-
-/// A conversation that only asks.
-fn question(content: String) -> Conversation {
-    let message = Message { role: "user".to_owned(), content, ..Message::default() };
-    Conversation { messages: vec![message], ..Conversation::default() }
 }

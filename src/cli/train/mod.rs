@@ -1,22 +1,28 @@
 //! `cartouche train`: learn a cartridge for a document, evaluate it, publish it.
 
+pub(super) mod conversations;
+pub(super) mod data_options;
+pub(super) mod document;
 mod evaluation;
 mod held_out;
 mod learn;
-mod lessons;
-mod options;
+pub(super) mod lessons;
+pub(super) mod options;
 mod report;
 mod stop;
+mod study;
 
 use std::path::PathBuf;
 
 use candle_core::{DType, Device};
 use clap::Args;
 
+use self::conversations::Conversations;
+use self::data_options::DataFlags;
+use self::document::Document;
 use self::evaluation::Evaluation;
 use self::held_out::HeldOutPacks;
 use self::learn::Course;
-use self::lessons::Document;
 use self::options::{Start, TrainFlags, usage};
 use super::CliError;
 use super::config::ConfigFile;
@@ -29,16 +35,20 @@ use crate::train::{self, Parameters, RunDir, Trainer};
 
 /// Learn a small cartridge that answers like a long document
 ///
-/// The model itself is the teacher: with the document in its prompt it answers the questions, and the
-/// cartridge learns to answer alike without it. A run that was stopped goes on where it was saved last.
+/// The model itself is the teacher: it asks itself questions about the document (or takes yours, with
+/// --conversations), answers them with the document in its prompt, and the cartridge learns to answer alike
+/// without it. A run that was stopped goes on where it was.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:
+#[command(after_help = "Examples:
+  cartouche train --model ./instruct-model --document notes.txt --publish notes
   cartouche train --document demo:harbour-log --conversations demo:harbour-log \\
     --questions demo:harbour-log --publish harbour-small")]
 pub struct TrainArgs {
     /// YAML file with any of the options below, written with _ for - (flags win)
     #[arg(long)]
     config: Option<PathBuf>,
+    #[command(flatten)]
+    data: DataFlags,
     #[command(flatten)]
     train: TrainFlags,
     #[command(flatten)]
@@ -49,16 +59,16 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     let file = ConfigFile::read(args.config.as_deref())?;
     let known = [
         serde_json::to_value(RuntimeOptions::default()),
+        serde_json::to_value(DataFlags::default()),
         serde_json::to_value(TrainFlags::default()),
     ];
     file.check_keys(&known.map(|value| value.unwrap_or_default()))?;
     let (flags, options) = (file.complete(&args.train)?, file.complete(&args.runtime)?);
+    let data: DataFlags = file.complete(&args.data)?;
     // Wrong values are told before the model is loaded.
-    flags.trainer(1)?;
-    let from = flags
-        .document
-        .as_deref()
-        .ok_or_else(|| usage("--document: which text is the cartridge to stand for?".to_owned()))?;
+    flags.trainer(1, data.seed())?;
+    data.check()?;
+    let from = data.document()?;
     options.set_threads()?;
     train::keep_freed_memory();
     let runtime = options.start()?;
@@ -66,7 +76,7 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     let run_dir =
         flags.run_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&document.name));
     let run_dir = RunDir::open(&run_dir, flags.keep_last_n_saved.unwrap_or(2))?;
-    let max_tokens = flags.answer_tokens.unwrap_or(256);
+    let max_tokens = data.answer_tokens()?;
     let questions = flags.questions.as_deref();
     let questions = questions.map(|from| Evaluation::read(&runtime, &document, from, max_tokens));
     let course = Course {
@@ -75,9 +85,9 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
         run_dir: &run_dir,
         facts: facts(&runtime, &document),
         questions: questions.transpose()?,
-        held_out: HeldOutPacks::prepare(&runtime, &document, &flags, &run_dir)?,
+        held_out: HeldOutPacks::prepare(&runtime, &document, &data, &flags, &run_dir)?,
     };
-    let mut trainer = trainer(&runtime, &document, &flags, &run_dir)?;
+    let mut trainer = trainer(&runtime, &document, &data, &flags, &run_dir)?;
     if run_dir.resume(&mut trainer)? {
         println!("going on after update {}", trainer.position().step);
     }
@@ -90,28 +100,19 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-/// The run as it begins: its packs, made once and kept, and its start.
+/// The run as it begins: its packs and its start.
 fn trainer(
     runtime: &Runtime,
     document: &Document,
+    data: &DataFlags,
     flags: &TrainFlags,
     run_dir: &RunDir,
 ) -> Result<Trainer, CliError> {
-    let source = lessons::source(document, flags)?;
+    let conversations = Conversations::to_learn(data);
     let file = run_dir.packs();
-    let packs = match file.exists() {
-        true => {
-            file.check_source(&source)?;
-            file.read()?
-        }
-        false => {
-            let packs = lessons::packs(runtime, document, flags)?;
-            file.write(&packs, &source)?;
-            packs
-        }
-    };
+    let packs = lessons::packs(runtime, document, &conversations, (data, flags), &file)?;
     let is_resumed = !run_dir.saved_steps()?.is_empty();
-    let start = start(runtime, document, flags, is_resumed)?;
+    let start = start(runtime, document, flags, data.seed(), is_resumed)?;
     let frozen = flags.num_frozen_tokens.unwrap_or(1);
     let parameters = Parameters::new(&start, frozen)?;
     println!(
@@ -123,7 +124,7 @@ fn trainer(
         packs.len(),
         packs.iter().map(|pack| pack.targets.supervised_rows()).sum::<usize>(),
     );
-    let options = flags.trainer(packs.len())?;
+    let options = flags.trainer(packs.len(), data.seed())?;
     Ok(Trainer::new(runtime.decoder.clone(), parameters, packs, options)?)
 }
 
@@ -133,6 +134,7 @@ fn start(
     runtime: &Runtime,
     document: &Document,
     flags: &TrainFlags,
+    seed: u64,
     is_resumed: bool,
 ) -> Result<Vec<LayerKv>, CliError> {
     let tokens = flags.tokens.unwrap_or_else(|| document.tokens.len().div_ceil(20).max(2));
@@ -142,7 +144,7 @@ fn start(
         Start::Text => train::from_text(decoder, &document.tokens, document.closing, tokens)?,
         Start::Random => {
             let scale = flags.init_scale.unwrap_or(1.0);
-            train::random(decoder.config().kv_shape(), tokens, scale, flags.seed())?
+            train::random(decoder.config().kv_shape(), tokens, scale, seed)?
         }
         Start::Cartridge => {
             let path = flags.init_cartridge.as_deref().ok_or_else(|| {

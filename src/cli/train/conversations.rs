@@ -1,0 +1,156 @@
+//! Where conversations come from: a file, the demo, or the model itself.
+
+use std::path::Path;
+
+use serde::Deserialize;
+
+use super::data_options::DataFlags;
+use super::document::{Document, demo_document, stem};
+use super::options::{TrainFlags, usage};
+use super::study;
+use crate::cli::CliError;
+use crate::cli::runtime::Runtime;
+use crate::train::Journal;
+use crate::train::dataset::{Conversation, DatasetReader, Message};
+
+/// Conversations to learn from, or to be measured by.
+#[derive(Debug, Clone, Copy)]
+pub struct Conversations<'a> {
+    origin: Origin<'a>,
+    limit: Option<usize>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Origin<'a> {
+    SelfStudy,
+    File(&'a str),
+    /// The demo's questions about a document: those to learn from, or those held out.
+    Demo {
+        name: &'a str,
+        held_out: bool,
+    },
+}
+
+/// A conversation as it is given, and what the teacher is to have in its prompt.
+pub struct Asked<'a> {
+    /// In the file it is from, or of its question in self-study; from 1.
+    pub number: usize,
+    pub conversation: Conversation,
+    pub context: &'a str,
+}
+
+impl<'a> Conversations<'a> {
+    /// Those of `--conversations`; without it the model asks itself.
+    pub fn to_learn(data: &'a DataFlags) -> Self {
+        let origin = data.conversations.as_deref().map(|from| Origin::of(from, false));
+        Self { origin: origin.unwrap_or(Origin::SelfStudy), limit: data.limit }
+    }
+
+    /// Those of `--eval-conversations`.
+    pub fn held_out(flags: &'a TrainFlags) -> Option<Self> {
+        let from = flags.eval_conversations.as_deref()?;
+        Some(Self { origin: Origin::of(from, true), limit: flags.eval_limit })
+    }
+
+    pub fn is_self_study(&self) -> bool {
+        matches!(self.origin, Origin::SelfStudy)
+    }
+
+    /// A name for messages and metrics.
+    pub fn name(&self) -> String {
+        match self.origin {
+            Origin::SelfStudy => "self-study".to_owned(),
+            Origin::File(path) => stem(path),
+            Origin::Demo { name, .. } => name.to_owned(),
+        }
+    }
+
+    /// What was written to name them, for messages.
+    pub fn from(&self) -> &'a str {
+        match self.origin {
+            Origin::SelfStudy => "self-study",
+            Origin::File(path) => path,
+            Origin::Demo { name, .. } => name,
+        }
+    }
+
+    /// All that decides what they are.
+    pub fn source(
+        &self,
+        runtime: &Runtime,
+        document: &Document,
+        data: &DataFlags,
+    ) -> Result<Vec<u8>, CliError> {
+        let mut bytes = match self.origin {
+            Origin::SelfStudy => study::source(runtime, document, data)?.into_bytes(),
+            Origin::File(path) => {
+                std::fs::read(path).map_err(|source| CliError::Io { path: path.into(), source })?
+            }
+            Origin::Demo { name, held_out } => demo_questions(name, held_out)?.join("\n").into(),
+        };
+        bytes.extend_from_slice(format!("{:?}", self.limit).as_bytes());
+        Ok(bytes)
+    }
+
+    /// The conversations. What is asked for by the model goes through the journal.
+    pub fn asked(
+        &self,
+        runtime: &Runtime,
+        document: &'a Document,
+        data: &DataFlags,
+        journal: &mut Journal,
+    ) -> Result<Vec<Asked<'a>>, CliError> {
+        let limit = self.limit.unwrap_or(usize::MAX);
+        let conversations: Vec<(usize, Conversation)> = match self.origin {
+            Origin::SelfStudy => return study::conversations(runtime, document, data, journal),
+            Origin::File(path) => {
+                DatasetReader::open(Path::new(path))?.take(limit).collect::<Result<_, _>>()?
+            }
+            Origin::Demo { name, held_out } => {
+                let questions = demo_questions(name, held_out)?.into_iter().take(limit);
+                questions.enumerate().map(|(i, text)| (i + 1, question(text))).collect()
+            }
+        };
+        let asked =
+            |(number, conversation)| Asked { number, conversation, context: &document.text };
+        Ok(conversations.into_iter().map(asked).collect())
+    }
+}
+
+impl<'a> Origin<'a> {
+    fn of(from: &'a str, held_out: bool) -> Self {
+        match from.strip_prefix("demo:") {
+            Some(name) => Self::Demo { name, held_out },
+            None => Self::File(from),
+        }
+    }
+}
+
+/// What the demo has users ask about a document.
+fn demo_questions(name: &str, held_out: bool) -> Result<Vec<String>, CliError> {
+    #[derive(Deserialize)]
+    struct Line {
+        messages: Vec<Spoken>,
+    }
+    #[derive(Deserialize)]
+    struct Spoken {
+        content: String,
+    }
+    let document = demo_document(name)?;
+    let broken = |e| usage(format!("the built-in questions of {name}: {e}"));
+    if held_out {
+        let questions = document.questions().map_err(broken)?;
+        return Ok(questions.questions.into_iter().map(|question| question.question).collect());
+    }
+    let lines = document.training_questions.lines().map(|line| {
+        let line: Line = serde_json::from_str(line).map_err(broken)?;
+        Ok(line.messages.into_iter().map(|message| message.content).collect())
+    });
+    lines.collect()
+}
+
+/// A conversation that only asks.
+fn question(content: String) -> Conversation {
+    let message = Message { role: "user".to_owned(), content, ..Message::default() };
+    Conversation { messages: vec![message], ..Conversation::default() }
+}
