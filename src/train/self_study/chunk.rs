@@ -73,8 +73,13 @@ impl<'a> Chunks<'a> {
         let at = offset.wrapping_add((index as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let centre = ((u128::from(at) * tokens as u128) >> 64) as usize;
         let begin = centre.saturating_sub(wanted / 2).min(tokens - wanted);
+        let last = begin == tokens - wanted;
         let near = begin.saturating_sub(wanted / 4)..=begin;
         let begin = near.rev().find(|&token| self.begins_line(token)).unwrap_or(begin);
+        // The end of the document, which no later chunk would have.
+        if last && tokens - begin <= self.sizes.max {
+            return begin..tokens;
+        }
         let end = begin + wanted;
         let least = begin + self.sizes.min.max(wanted / 2);
         let most = (begin + self.sizes.max).min(tokens);
