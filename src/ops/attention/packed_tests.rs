@@ -112,7 +112,7 @@ fn value_and_gradients_are_those_of_the_naive_form() -> Result<()> {
         let vars = case.vars()?;
         let queries: Vec<u32> = case.queries().into_iter().step_by(step).collect();
         let index = Tensor::new(queries.as_slice(), &Device::Cpu)?;
-        let theirs = case.naive(&vars, 0.7)?.index_select(&index, 0)?;
+        let theirs = case.naive(&vars, 0.7)?.contiguous()?.index_select(&index, 0)?;
         let up = Tensor::randn(0f32, 1f32, theirs.shape(), &Device::Cpu)?;
         let tensors = vars.each_ref().map(Var::as_tensor);
         let (ours, gradients) = case.attention(tensors, &queries, 0.7, Some(&up))?;
@@ -121,7 +121,7 @@ fn value_and_gradients_are_those_of_the_naive_form() -> Result<()> {
         let PackedGradients { prefix_keys, prefix_values, own } = gradients.unwrap();
         let [dq, dk, dv] = own.unwrap();
         for (var, ours) in vars.iter().zip([dq, dk, dv, prefix_keys, prefix_values]) {
-            let mut theirs = theirs.get(var).unwrap().clone();
+            let mut theirs = theirs.get(var).unwrap().contiguous()?;
             if ours.len() < theirs.elem_count() {
                 theirs = theirs.index_select(&index, 0)?; // that of other queries is 0
             }
