@@ -302,6 +302,7 @@ fn options_that_make_no_sense_are_refused_before_anything_is_asked() {
         (&["--seed-prompts", "missing.txt"], "missing.txt"),
         (&["--question-temperature=-1"], "question_temperature"),
         (&["--answer-temperature=-1"], "answer_temperature"),
+        (&["--answer-temperature", "nan"], "must be a number"),
         (&["--question-tokens", "4000"], "4096"),
     ];
     for (args, said) in cases {

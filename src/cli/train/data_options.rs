@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use super::options::{at_least_1, flags, usage};
+use super::options::{at_least_1, finite, flags, usage};
 use crate::cli::CliError;
 use crate::train::TeacherOptions;
 use crate::train::dataset::MassCut;
@@ -49,17 +49,20 @@ flags! {
     /// Self-study: tokens of a question at most [default: 512]
     question_tokens: usize,
     /// Self-study: temperature of the questions [default: 0.6]
+    #[arg(value_parser = finite::<f32>)]
     question_temperature: f32,
     /// Self-study: what the teacher has in its prompt when it answers [default: the document if it fits the
     /// model's context, else the chunk]
     teacher_context: TeacherContext,
     /// Keep the likeliest tokens of each position up to this probability [default: 0.99]
+    #[arg(value_parser = finite::<f32>)]
     min_prob_mass: f32,
     /// Alternatives per token the teacher gives at most [default: 20]
     top_logprobs: usize,
     /// Tokens of an answer of the teacher at most [default: 256]
     answer_tokens: usize,
     /// Temperature of the teacher's answers [default: 0]
+    #[arg(value_parser = finite::<f32>)]
     answer_temperature: f32,
     /// Of all that is drawn: questions, answers, the order of the data, random starts [default: 42]
     seed: u64,

@@ -1,6 +1,7 @@
 //! The options of `cartouche train`, as flags and as lines of its YAML file.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
@@ -74,6 +75,7 @@ flags! {
     /// Where learning starts [default: text]
     initializer: Start,
     /// Standard deviation of random numbers to start from [default: 1, as the original trainers]
+    #[arg(value_parser = finite::<f32>)]
     init_scale: f32,
     /// Cartridge file to start from, with --initializer cartridge
     init_cartridge: PathBuf,
@@ -90,27 +92,33 @@ flags! {
     /// Updates at most [default: as the epochs give]
     max_optimizer_steps: u64,
     /// Learning rate [default: 2e-2]
+    #[arg(value_parser = finite::<f64>)]
     lr: f64,
     /// How it falls after the warm-up [default: constant]
     lr_schedule: Decay,
     /// Updates over which it rises [default: 0]
     warmup_steps: u64,
     /// Where it rises from [default: 0]
+    #[arg(value_parser = finite::<f64>)]
     warmup_min_lr: f64,
     /// Where it falls to, as a fraction of --lr [default: 0.1]
+    #[arg(value_parser = finite::<f64>)]
     alpha_f: f64,
     /// Learning rates as the original trainers' schedules give them: one update late, the first at --lr
     /// [default: false]
     #[arg(num_args = 0..=1, default_missing_value = "true")]
     parity_schedule: bool,
     /// Weight decay as torch's Adam has it [default: 0]
+    #[arg(value_parser = finite::<f64>)]
     weight_decay: f64,
     /// Clip the gradient to this norm [default: not]
+    #[arg(value_parser = finite::<f64>)]
     max_grad_norm: f64,
     /// Divide the loss of a pack by its supervised tokens, or by its entries as the original trainer
     /// [default: tokens]
     loss_normalizer: Normalizer,
     /// Temperature of the student's distribution [default: 1]
+    #[arg(value_parser = finite::<f32>)]
     loss_temperature: f32,
     /// Keep one layer's activations in memory instead of all and compute the others again
     /// [default: false]
@@ -169,6 +177,14 @@ impl TrainFlags {
             temperature: temperature as f32,
             recompute: self.recompute.unwrap_or(false),
         })
+    }
+}
+
+/// A number that is neither infinite nor NaN: a YAML file could not hold those either.
+pub fn finite<T: FromStr + Into<f64> + Copy>(text: &str) -> Result<T, String> {
+    match text.parse::<T>() {
+        Ok(number) if number.into().is_finite() => Ok(number),
+        _ => Err("must be a number".to_owned()),
     }
 }
 
