@@ -86,7 +86,11 @@ impl<'a> Conversations<'a> {
             Origin::File(path) => {
                 std::fs::read(path).map_err(|source| CliError::Io { path: path.into(), source })?
             }
-            Origin::Demo { name, held_out } => demo_questions(name, held_out)?.join("\n").into(),
+            Origin::Demo { name, held_out } => {
+                let conversations = demo_conversations(name, held_out)?;
+                let messages = conversations.iter().flat_map(|c| &c.messages);
+                messages.map(|m| format!("{}: {}\n", m.role, m.content)).collect::<String>().into()
+            }
         };
         bytes.extend_from_slice(format!("{:?}", self.limit).as_bytes());
         Ok(bytes)
@@ -107,8 +111,7 @@ impl<'a> Conversations<'a> {
                 DatasetReader::open(Path::new(path))?.take(limit).collect::<Result<_, _>>()?
             }
             Origin::Demo { name, held_out } => {
-                let questions = demo_questions(name, held_out)?.into_iter().take(limit);
-                questions.enumerate().map(|(i, text)| (i + 1, question(text))).collect()
+                (1..).zip(demo_conversations(name, held_out)?).take(limit).collect()
             }
         };
         let asked =
@@ -126,31 +129,55 @@ impl<'a> Origin<'a> {
     }
 }
 
-/// What the demo has users ask about a document.
-fn demo_questions(name: &str, held_out: bool) -> Result<Vec<String>, CliError> {
+/// Conversations about a document of the demo: those to learn from, or the questions that are held out.
+fn demo_conversations(name: &str, held_out: bool) -> Result<Vec<Conversation>, CliError> {
     #[derive(Deserialize)]
     struct Line {
         messages: Vec<Spoken>,
     }
     #[derive(Deserialize)]
     struct Spoken {
+        role: String,
         content: String,
     }
     let document = demo_document(name)?;
     let broken = |e| usage(format!("the built-in questions of {name}: {e}"));
+    let message = |spoken: Spoken| Message {
+        role: spoken.role,
+        content: spoken.content,
+        ..Message::default()
+    };
     if held_out {
-        let questions = document.questions().map_err(broken)?;
-        return Ok(questions.questions.into_iter().map(|question| question.question).collect());
+        let questions = document.questions().map_err(broken)?.questions.into_iter();
+        let asked = questions.map(|q| Spoken { role: "user".to_owned(), content: q.question });
+        return Ok(asked.map(|spoken| conversation(vec![message(spoken)])).collect());
     }
     let lines = document.training_questions.lines().map(|line| {
         let line: Line = serde_json::from_str(line).map_err(broken)?;
-        Ok(line.messages.into_iter().map(|message| message.content).collect())
+        Ok(conversation(line.messages.into_iter().map(message).collect()))
     });
     lines.collect()
 }
 
-/// A conversation that only asks.
-fn question(content: String) -> Conversation {
-    let message = Message { role: "user".to_owned(), content, ..Message::default() };
-    Conversation { messages: vec![message], ..Conversation::default() }
+fn conversation(messages: Vec<Message>) -> Conversation {
+    Conversation { messages, ..Conversation::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn turns_of_the_demos_conversations_stay_apart() {
+        let conversations = demo_conversations("harbour-log", false).unwrap();
+        let roles = |c: &Conversation| -> Vec<String> {
+            c.messages.iter().map(|message| message.role.clone()).collect()
+        };
+        let turns: Vec<_> = conversations.iter().map(roles).collect();
+        assert!(turns.iter().all(|roles| roles.last().unwrap() == "user"));
+        assert!(turns.contains(&["user", "assistant", "user"].map(str::to_owned).to_vec()));
+        assert!(turns.contains(&vec!["user".to_owned()]));
+        let held_out = demo_conversations("harbour-log", true).unwrap();
+        assert!(held_out.iter().all(|c| roles(c) == ["user"]));
+    }
 }
