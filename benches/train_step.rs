@@ -40,7 +40,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     cartouche::train::keep_freed_memory();
     let source: ModelSource = args.model.parse()?;
     let decoder = model::load(&source, &LoadOptions::default())?.decoder;
-    let mut packs = RunDir::open(&args.run_dir, 0)?.read_packs()?;
+    let mut packs = RunDir::open(&args.run_dir, 0)?.packs().read()?;
     packs.truncate(args.packs);
     let shape = decoder.config().kv_shape();
     let tensor =

@@ -30,7 +30,7 @@ def read_packs(run_dir):
 
     t = load_file(pathlib.Path(run_dir) / "packs.safetensors")
     packs, at = [], dict.fromkeys(["tokens", "cu_seqlens", "rows"], 0)
-    for tokens, seqlens, entries in t["sizes"].reshape(-1, 3):
+    for tokens, seqlens, entries, _ in t["sizes"].reshape(-1, 4):
         def take(name, count, of=None):
             start = at[of or name]
             return t[name][start:start + count].astype("int64" if name != "probs" else "float32")

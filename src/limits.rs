@@ -123,6 +123,10 @@ pub const MAX_ELEMENT_TOKENS: usize = 1 << 20;
 pub const MAX_DATASET_TOKENS: usize = 1 << 28;
 /// Target entries of a dataset in memory (12 bytes each); more is an error.
 pub const MAX_DATASET_TARGETS: usize = 1 << 29;
+/// Conversations of one self-study; more is an error that names it.
+pub const MAX_SELF_STUDY_SAMPLES: usize = 1 << 17;
+/// Bytes of a file of seed prompts; more is an error that names it.
+pub const MAX_SEED_PROMPTS_BYTES: u64 = 1 << 20;
 /// Bytes of the footer of a Parquet file.
 pub const MAX_PARQUET_FOOTER_BYTES: u64 = 64 << 20;
 /// Nodes of the schema of a Parquet file: columns and groups of columns.

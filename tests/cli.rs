@@ -103,6 +103,34 @@ fn mistakes_are_named() {
     assert!(error(&["serve", "--port", &port]).contains("--port"));
 }
 
+/// The exact keys and values of a document are no divergence from the document in the prompt; a trained
+/// cartridge is nearer to it than nothing.
+#[test]
+fn eval_measures_the_divergence_from_the_teacher() {
+    let said: Value = serde_json::from_str(&text(&["eval", "--demo", "--json"])).unwrap();
+    let rows = said["rows"].as_array().unwrap();
+    let kl = |mode: &str| {
+        rows.iter().find(|row| row["mode"] == mode).and_then(|row| row["kl"].as_f64()).unwrap()
+    };
+    assert!(kl("long_context") < 1e-5 && kl("exact_kv") < 1e-5, "{rows:?}");
+    assert!(kl("trained") < 0.1 * kl("none") && kl("trained") > 1e-3, "{rows:?}");
+    let questions = said["per_question"].as_array().unwrap();
+    assert_eq!(rows[0]["questions"], questions.len());
+    for mode in ["none", "long_context", "exact_kv", "trained"] {
+        let of = |question: &Value| {
+            let (kl, tokens) = (&question["kl"][mode], &question["answer_tokens"]);
+            (kl.as_f64().unwrap(), tokens.as_f64().unwrap())
+        };
+        let (sum, tokens) =
+            questions.iter().map(of).fold((0.0, 0.0), |(sum, all), (kl, tokens)| {
+                assert!(kl >= 0.0 && tokens >= 1.0);
+                (sum + kl * tokens, all + tokens)
+            });
+        // Means of questions are cut at 0, where rounding may put a sum below.
+        assert!((sum / tokens - kl(mode)).abs() < 1e-7, "{mode}");
+    }
+}
+
 #[test]
 fn every_command_has_help() {
     let commands = [

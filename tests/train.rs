@@ -1,86 +1,14 @@
 //! `cartouche train` as a user runs it, on the built-in demo: the teacher, the run, kill and resume, what can
 //! be wrong.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+mod train_run;
+
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-
-fn cartouche(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_cartouche"));
-    // Nothing from the machine of whoever runs the tests.
-    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("CARTOUCHE_")) {
-        command.env_remove(name);
-    }
-    command.args(args);
-    command
-}
-
-/// A run of its own below a folder that goes away.
-struct Run {
-    dir: tempfile::TempDir,
-}
-
-impl Run {
-    fn new() -> Self {
-        Self { dir: tempfile::tempdir().unwrap() }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn command(&self, run_dir: &str, more: &[&str]) -> Command {
-        let mut command = cartouche(&["train", "--document", "demo:harbour-log"]);
-        command.args(["--conversations", "demo:harbour-log", "--packed-seq-length", "512"]);
-        command.args(["--answer-tokens", "16", "--lr", "0.2"]).args(more);
-        if !more.contains(&"--limit") {
-            command.args(["--limit", "60"]);
-        }
-        command.arg("--run-dir").arg(self.path(run_dir));
-        command.arg("--cartridge-dir").arg(self.path("cartridges"));
-        command
-    }
-
-    fn train(&self, run_dir: &str, more: &[&str]) -> String {
-        succeeded(self.command(run_dir, more).output().unwrap())
-    }
-
-    fn fails(&self, run_dir: &str, more: &[&str]) -> String {
-        failed(self.command(run_dir, more).output().unwrap())
-    }
-
-    fn metrics(&self, run_dir: &str) -> Vec<Value> {
-        let text = std::fs::read_to_string(self.path(run_dir).join("metrics.jsonl")).unwrap();
-        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-    }
-
-    /// (update, loss) of every update.
-    fn losses(&self, run_dir: &str) -> Vec<(u64, f64)> {
-        let metrics = self.metrics(run_dir);
-        let updates = metrics.iter().filter_map(|line| {
-            Some((line["train/optimizer_step"].as_u64()?, line["train/loss"].as_f64()?))
-        });
-        updates.collect()
-    }
-}
-
-fn succeeded(output: Output) -> String {
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn failed(output: Output) -> String {
-    assert!(!output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
-    let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!error.contains("panicked"), "{error}");
-    error
-}
-
-fn bytes(path: &Path) -> Vec<u8> {
-    std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
-}
+use train_run::{Run, bytes, cartouche, failed, saved, succeeded};
 
 /// The whole job: the teacher answers, the cartridge learns, is published, and a chat asks it what it could
 /// not know before.
@@ -189,14 +117,6 @@ fn a_killed_run_ends_with_the_very_bits_of_one_that_was_not() {
     assert_eq!(run.losses("whole"), run.losses("killed"));
 }
 
-fn saved(run_dir: &Path) -> usize {
-    let Ok(entries) = std::fs::read_dir(run_dir) else { return 0 };
-    let is_state = |name: String| name.starts_with("state-step");
-    entries
-        .filter(|e| e.as_ref().is_ok_and(|e| is_state(e.file_name().into_string().unwrap())))
-        .count()
-}
-
 #[test]
 fn old_checkpoints_are_forgotten_and_other_options_are_not_the_same_run() {
     let run = Run::new();
@@ -233,6 +153,7 @@ fn a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved() {
         ["--save-every-n-steps", "1", "--max-optimizer-steps", "9", "--initializer", "random"];
     let error = run.fails("run", &[&steps[..], &["--init-scale", "3e38"]].concat());
     assert!(error.contains("update 0, pack ") && error.contains("not finite"), "{error}");
+    assert!(error.contains(", row ") && error.contains(" of the dataset"), "{error}");
     assert_eq!(saved(&run.path("run")), 0);
 }
 
@@ -246,14 +167,17 @@ fn a_full_disk_while_saving_loses_nothing() {
     run.train("run", &[&steps[..], &["2"], &["--lr-schedule", "constant"]].concat());
     let before = bytes(&run.path("run/state-step2.safetensors"));
     // No file may grow beyond 64 KiB: the signal is ignored, so that writes fail as on a full disk.
-    let command = run.command("run", &[&steps[..], &["3"]].concat());
+    let more = [&steps[..], &["3"], &["--lr-schedule", "constant"]].concat();
+    let command = run.command("run", &more);
     let mut limited = Command::new("bash");
     limited.args(["-c", "trap '' XFSZ; ulimit -f 64; exec \"$@\"", "bash"]);
     limited.arg(command.get_program()).args(command.get_args());
     let error = failed(limited.output().unwrap());
-    assert!(error.contains("write"), "{error}");
+    assert!(error.contains("write") && error.contains("update 3 cannot be saved in "), "{error}");
+    assert!(error.contains("saved after update 2 is as it was"), "{error}");
     assert!(bytes(&run.path("run/state-step2.safetensors")) == before);
     assert!(!run.path("run/state-step3.safetensors").exists());
+    assert!(run.train("run", &more).contains("going on after update 2"));
 }
 
 #[test]

@@ -48,7 +48,7 @@ fn pack(facts: &Value) -> Pack {
     let mut targets = Targets::default();
     let entries: Vec<(u32, u32, f32)> = serde_json::from_value(facts["targets"].clone()).unwrap();
     entries.into_iter().for_each(|(row, id, p)| targets.push(row, id, p));
-    Pack { tokens: sequences.concat(), cu_seqlens, targets }
+    Pack { tokens: sequences.concat(), cu_seqlens, targets, dataset_rows: Vec::new() }
 }
 
 impl TrainFixture {
@@ -188,7 +188,7 @@ fn random_case(decoder: &Decoder, p: usize, lengths: &[u32]) -> (Vec<PrefixLayer
         Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
     };
     let prefix = (0..config.layers).map(|_| PrefixLayer { keys: random(), values: random() });
-    (prefix.collect(), Pack { tokens, cu_seqlens, targets })
+    (prefix.collect(), Pack { tokens, cu_seqlens, targets, dataset_rows: Vec::new() })
 }
 
 /// Along random directions, one per tensor. The loss is in f32, so the step must not be small.
@@ -257,7 +257,8 @@ fn a_pack_is_the_sum_of_its_sequences() {
             }
             let share = targets.len() as f64 / t.len() as f64;
             let tokens = pack.tokens[ends[0] as usize..ends[1] as usize].to_vec();
-            let alone = Pack { cu_seqlens: vec![0, tokens.len() as u32], tokens, targets };
+            let cu_seqlens = vec![0, tokens.len() as u32];
+            let alone = Pack { cu_seqlens, tokens, targets, dataset_rows: Vec::new() };
             let step = gradients(&decoder, &prefix, &alone, &entries).unwrap();
             nll_sum += step.nll_sum;
             let parts = both(&step.gradients).map(|g| (g * share).unwrap());
@@ -284,6 +285,20 @@ fn gradients_pass_through_quantised_weights() {
             assert!(error > 0.0 && error < 0.1, "{}: {error}", fixture.model.name);
         }
     }
+}
+
+/// What resuming exactly on another machine rests on.
+#[test]
+fn a_step_has_the_same_bits_whatever_the_number_of_threads() {
+    let decoder = load_decoder(&ModelSource::Demo, None).unwrap();
+    let (prefix, pack) = random_case(&decoder, 9, &[12, 130, 600, 1]);
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let step = pool.install(|| gradients(&decoder, &prefix, &pack, &options(1.0, false)));
+        let step = step.unwrap();
+        (step.loss, both(&step.gradients).map(values).collect::<Vec<_>>())
+    };
+    assert_eq!(run(1), run(3));
 }
 
 /// Invariant 8, as far as a step is concerned.

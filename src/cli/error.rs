@@ -17,6 +17,8 @@ pub enum CliError {
     #[error(transparent)]
     Train(#[from] crate::train::TrainError),
     #[error(transparent)]
+    SelfStudy(#[from] crate::train::self_study::SelfStudyError),
+    #[error(transparent)]
     Dataset(#[from] crate::train::dataset::DatasetError),
     #[error(transparent)]
     Row(#[from] crate::train::dataset::RowError),
@@ -32,6 +34,9 @@ pub enum CliError {
     Text(#[from] crate::text::TextError),
     #[error("the model could not be run: {0}")]
     Tensor(#[from] candle_core::Error),
+    /// A signal ended the command after its work was saved. Not printed as an error.
+    #[error("{said}")]
+    Stopped { code: u8, said: String },
     #[error("{what}: {source}")]
     System { what: &'static str, source: std::io::Error },
 }

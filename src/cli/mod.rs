@@ -12,6 +12,7 @@ mod error;
 mod eval;
 mod runtime;
 mod serve;
+mod synthesize;
 mod train;
 
 use std::io::IsTerminal;
@@ -39,6 +40,7 @@ enum Command {
     Eval(Box<eval::EvalArgs>),
     Bench(Box<bench::BenchArgs>),
     Train(Box<train::TrainArgs>),
+    Synthesize(Box<synthesize::SynthesizeArgs>),
 }
 
 /// Parses the command line, runs the command and reports its error. The whole of `main`.
@@ -63,9 +65,14 @@ pub fn main() -> ExitCode {
         Command::Eval(args) => eval::run(*args),
         Command::Bench(args) => bench::run(*args),
         Command::Train(args) => train::run(*args),
+        Command::Synthesize(args) => synthesize::run(*args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(CliError::Stopped { code, said }) => {
+            eprintln!("{said}");
+            ExitCode::from(code)
+        }
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::FAILURE

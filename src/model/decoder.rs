@@ -4,7 +4,8 @@ use candle_core::{Result, Tensor};
 use sha2::{Digest, Sha256};
 
 use super::ModelConfig;
-use crate::ops::{Linear, Matrix, RopeTable, apply_rope, rms_norm, swiglu, visit_bytes};
+use super::layer::{Angles, AttendBackward, Chosen, Layer, Trace};
+use crate::ops::{Linear, Matrix, RopeTable, rms_norm, rms_norm_backward, visit_bytes};
 
 /// What the decoder's queries attend to.
 pub trait Attend {
@@ -23,21 +24,6 @@ pub struct Decoder {
     pub(super) final_norm: Tensor,
     pub(super) head: Linear,
     pub(super) rope: RopeTable,
-}
-
-#[derive(Debug, Clone)]
-pub(super) struct Layer {
-    pub(super) input_norm: Tensor,
-    pub(super) q: Linear,
-    pub(super) k: Linear,
-    pub(super) v: Linear,
-    pub(super) o: Linear,
-    pub(super) q_norm: Option<Tensor>,
-    pub(super) k_norm: Option<Tensor>,
-    pub(super) post_norm: Tensor,
-    pub(super) gate: Linear,
-    pub(super) up: Linear,
-    pub(super) down: Linear,
 }
 
 impl Decoder {
@@ -68,7 +54,7 @@ impl Decoder {
         let angles = self.angles(positions)?;
         let mut hidden = self.embed(tokens)?;
         for index in 0..self.layers.len() {
-            hidden = self.layer(index, &hidden, &angles, attend)?;
+            (hidden, _) = self.layer(index, &hidden, &angles, None, attend)?;
         }
         Ok(hidden)
     }
@@ -82,24 +68,48 @@ impl Decoder {
     }
 
     /// Rotary angles of `positions`, for [`Self::layer`].
-    pub(crate) fn angles(&self, positions: &[u32]) -> Result<(Tensor, Tensor)> {
-        self.rope.angles(positions, self.device())
+    pub(crate) fn angles(&self, positions: &[u32]) -> Result<Angles> {
+        let (cos, sin) = self.rope.angles(positions, self.device())?;
+        Ok(Angles { cos, sin })
     }
 
-    /// One layer: hidden states `[tokens, hidden]` in and out.
+    /// One layer: hidden states `[tokens, hidden]` in and out, of the chosen tokens or of all.
     pub(crate) fn layer(
         &self,
         index: usize,
         hidden: &Tensor,
-        (cos, sin): &(Tensor, Tensor),
+        angles: &Angles,
+        chosen: Option<&Chosen>,
         attend: &mut dyn Attend,
-    ) -> Result<Tensor> {
-        self.layers[index].forward(&self.config, index, hidden, (cos, sin), attend)
+    ) -> Result<(Tensor, Trace)> {
+        self.layers[index].forward(&self.config, index, hidden, angles, chosen, attend)
+    }
+
+    /// The way back through [`Self::layer`]: from the gradient of its output to that of its input, unless
+    /// `attend` says that nothing before it is learned.
+    pub(crate) fn layer_backward(
+        &self,
+        index: usize,
+        trace: Trace,
+        angles: &Angles,
+        chosen: Option<&Chosen>,
+        grad: Vec<f32>,
+        attend: AttendBackward<'_>,
+    ) -> Result<Option<Vec<f32>>> {
+        self.layers[index].backward(&self.config, trace, angles, chosen, grad, attend)
     }
 
     /// The final norm of hidden states: what [`Self::head`] takes.
     pub(crate) fn normed(&self, hidden: &Tensor) -> Result<Tensor> {
         rms_norm(hidden, &self.final_norm, self.config.rms_norm_eps)
+    }
+
+    /// The way back through [`Self::normed`].
+    pub(crate) fn normed_backward(&self, hidden: &Tensor, grad: &[f32]) -> Result<Vec<f32>> {
+        let mut to = vec![0f32; grad.len()];
+        let eps = self.config.rms_norm_eps;
+        rms_norm_backward(hidden, &self.final_norm, eps, grad, &mut to)?;
+        Ok(to)
     }
 
     /// From normed hidden states to logits.
@@ -145,39 +155,5 @@ impl Decoder {
             .map(Linear::bytes)
             .sum();
         embedding + layers + self.head.bytes()
-    }
-}
-
-impl Layer {
-    fn forward(
-        &self,
-        config: &ModelConfig,
-        index: usize,
-        hidden: &Tensor,
-        (cos, sin): (&Tensor, &Tensor),
-        attend: &mut dyn Attend,
-    ) -> Result<Tensor> {
-        let eps = config.rms_norm_eps;
-        let tokens = hidden.dim(0)?;
-        let x = rms_norm(hidden, &self.input_norm, eps)?;
-        let q = self.q.forward(&x)?.reshape((tokens, config.heads, config.head_dim))?;
-        let k = self.k.forward(&x)?.reshape((tokens, config.kv_heads, config.head_dim))?;
-        let v = self.v.forward(&x)?.reshape((tokens, config.kv_heads, config.head_dim))?;
-        let q = apply_rope(&normed(q, self.q_norm.as_ref(), eps)?, cos, sin)?;
-        let k = apply_rope(&normed(k, self.k_norm.as_ref(), eps)?, cos, sin)?;
-        let attention = attend.attend(index, &q, &k, &v)?;
-        let attention = attention.reshape((tokens, config.heads * config.head_dim))?;
-        let hidden = (hidden + self.o.forward(&attention)?)?;
-        let x = rms_norm(&hidden, &self.post_norm, eps)?;
-        let x = swiglu(&self.gate.forward(&x)?, &self.up.forward(&x)?)?;
-        hidden + self.down.forward(&x)?
-    }
-}
-
-/// Qwen3 normalises queries and keys per head before RoPE.
-fn normed(x: Tensor, weight: Option<&Tensor>, eps: f64) -> Result<Tensor> {
-    match weight {
-        Some(weight) => rms_norm(&x, weight, eps),
-        None => Ok(x),
     }
 }

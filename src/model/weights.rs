@@ -8,7 +8,8 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
-use super::decoder::{Decoder, Layer};
+use super::decoder::Decoder;
+use super::layer::Layer;
 use super::{ModelConfig, ModelError, Quantize};
 use crate::ops::memory::Pages;
 use crate::ops::{Linear, Matrix, RopeTable};

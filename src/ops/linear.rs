@@ -17,14 +17,23 @@ impl Linear {
         Self { weight, bias }
     }
 
-    /// `x` `[tokens, in]` to `[tokens, out]`. The gradient passes to `x`, through quantised weights too.
+    /// `x` `[tokens, in]` to `[tokens, out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.weight.product(x, self.bias.as_ref())
     }
 
-    /// Takes a gradient `[tokens, out]` of the outputs to one of the inputs, `[tokens, in]`.
-    pub fn backward(&self, grad: &Tensor) -> Result<Tensor> {
-        self.weight.transposed_product(grad)
+    /// Takes a gradient `[tokens, out]` of the outputs to one of the inputs, `[tokens, in]`; through
+    /// quantised weights too.
+    pub fn backward(&self, grad: &[f32]) -> Result<Vec<f32>> {
+        let (out, input) = self.weight.dims()?;
+        let mut to = vec![0f32; grad.len() / out.max(1) * input];
+        self.weight.transposed_product(grad, &mut to, false)?;
+        Ok(to)
+    }
+
+    /// [`Self::backward`], added to the gradient from elsewhere.
+    pub fn backward_add(&self, grad: &[f32], to: &mut [f32]) -> Result<()> {
+        self.weight.transposed_product(grad, to, true)
     }
 
     /// Outputs per token.

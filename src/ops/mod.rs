@@ -1,26 +1,31 @@
 //! Building blocks of the decoder, with forward and backward.
 //!
-//! candle's fused `rms_norm`, `rope` and quantised product drop the gradient without an error, so the
-//! decoder uses these instead. On the CPU the backward passes are loops of our own; elsewhere they are plain
-//! tensor operations, which need no second kernel per device. The model's own weights are frozen by design: no op returns their gradient.
+//! Forward passes are candle operations. Backward passes are functions over slices, on the CPU only: candle's
+//! graph would keep every tensor in between, and add each gradient to zeroes. An operation asked for its
+//! gradient through candle's graph is an error. The model's own weights are frozen by design: nothing
+//! computes their gradient.
 
 pub mod attention;
-pub(crate) mod gemm;
 mod linear;
 mod matrix;
 pub(crate) mod memory;
+pub(crate) mod product;
 mod reduce;
 mod rms_norm;
 mod rope;
 pub(crate) mod simd;
+mod sum;
 mod swiglu;
 
 pub use linear::Linear;
 pub use matrix::Matrix;
 pub use reduce::{all_finite, argmax, exp_in_place, exp_sum, max};
-pub use rms_norm::rms_norm;
-pub use rope::{RopeScaling, RopeTable, apply_rope};
-pub use swiglu::swiglu;
+pub use rms_norm::{rms_norm, rms_norm_backward};
+pub use rope::{RopeScaling, RopeTable, apply_rope, rope_backward};
+pub use sum::add_in_place;
+pub use swiglu::{swiglu, swiglu_backward};
+
+use std::ops::{Deref, Range};
 
 use candle_core::{CpuStorage, DType, Device, Layout, Result, Storage, Tensor};
 
@@ -64,11 +69,39 @@ pub(crate) fn on_host(tensor: &Tensor) -> Result<Tensor> {
     tensor.to_dtype(DType::F32)?.to_device(&Device::Cpu)
 }
 
+/// The elements of a contiguous f32 CPU tensor, held for reading.
+pub(crate) struct Numbers<'a> {
+    /// A guard of candle's.
+    storage: Box<dyn Deref<Target = Storage> + 'a>,
+    range: Range<usize>,
+}
+
+impl<'a> Numbers<'a> {
+    pub fn of(tensor: &'a Tensor) -> Result<Self> {
+        let (storage, layout) = tensor.storage_and_layout();
+        match (&*storage, layout.contiguous_offsets()) {
+            (Storage::Cpu(CpuStorage::F32(_)), Some((start, end))) => {
+                Ok(Self { storage: Box::new(storage), range: start..end })
+            }
+            _ => candle_core::bail!("needs a contiguous f32 tensor on the CPU, got {tensor:?}"),
+        }
+    }
+}
+
+impl Deref for Numbers<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &**self.storage {
+            Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.clone()],
+            _ => &[], // `of` refuses them
+        }
+    }
+}
+
 /// Calls `f` with the elements of an f32 CPU tensor, copied only if they are not contiguous.
 pub(crate) fn with_f32<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
-    let tensor = tensor.contiguous()?;
-    let (storage, _) = tensor.storage_and_layout();
-    f(f32_slice(&storage, &tensor)?)
+    f(&Numbers::of(&tensor.contiguous()?)?)
 }
 
 #[cfg(test)]

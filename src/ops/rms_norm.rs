@@ -1,13 +1,15 @@
 //! Root-mean-square normalisation over the last dimension.
 
-use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{contiguous_f32, with_f32};
+use super::simd::{Lanes, dispatch};
+use super::{Numbers, contiguous_f32};
+
+/// Rows per parallel task: below this the work is cheaper than handing it over.
+const ROWS: usize = 16;
 
 /// `x / sqrt(mean(x², last dim) + eps) * weight` for `x` of shape `[.., width]` and `weight` `[width]`.
-///
-/// The gradient reaches `x` only; `weight` is frozen.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     x.contiguous()?.apply_op2(weight, RmsNorm { eps })
 }
@@ -36,7 +38,7 @@ impl CustomOp2 for RmsNorm {
         }
         let eps = self.eps as f32;
         let mut out = vec![0f32; x.len()];
-        out.par_chunks_exact_mut(width).with_min_len(16).zip(x.par_chunks_exact(width)).for_each(
+        out.par_chunks_exact_mut(width).with_min_len(ROWS).zip(x.par_chunks_exact(width)).for_each(
             |(out, x)| {
                 let mean = x.iter().map(|v| v * v).sum::<f32>() / width as f32;
                 let scale = 1.0 / (mean + eps).sqrt();
@@ -47,56 +49,78 @@ impl CustomOp2 for RmsNorm {
         );
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        _res: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        // With r = 1/sqrt(mean(x²)+eps) and h = grad·w:  dx = r·h − x·r³·mean(h·x)
-        if x.device().is_cpu() && x.dtype() == DType::F32 {
-            let slopes =
-                |x: &[f32], weight: &[f32], grad: &[f32]| slopes(x, weight, grad, self.eps);
-            let dx = with_f32(x, |x| {
-                with_f32(weight, |weight| with_f32(grad, |grad| Ok(slopes(x, weight, grad))))
-            })?;
-            return Ok((Some(Tensor::from_vec(dx, x.shape(), x.device())?), None));
-        }
-        let h = grad.broadcast_mul(weight)?;
-        let r = (x.sqr()?.mean_keepdim(D::Minus1)? + self.eps)?.sqrt()?.recip()?;
-        let projection = ((&h * x)?.mean_keepdim(D::Minus1)? * r.powf(3.0)?)?;
-        let dx = (h.broadcast_mul(&r)? - x.broadcast_mul(&projection)?)?;
-        Ok((Some(dx), None))
-    }
 }
 
-/// The gradient of `x`, all of it `[rows, width]`.
-fn slopes(x: &[f32], weight: &[f32], grad: &[f32], eps: f64) -> Vec<f32> {
+/// Adds the gradient of [`rms_norm`]'s `x` to `to`, given `grad` with respect to its result; all of them
+/// `[rows, width]`.
+pub fn rms_norm_backward(
+    x: &Tensor,
+    weight: &Tensor,
+    eps: f64,
+    grad: &[f32],
+    to: &mut [f32],
+) -> Result<()> {
+    let (x, weight) = (Numbers::of(x)?, Numbers::of(weight)?);
+    if weight.is_empty() || grad.len() != x.len() || to.len() != x.len() {
+        candle_core::bail!(
+            "rms_norm: gradients of {} and {} for {}",
+            grad.len(),
+            to.len(),
+            x.len()
+        );
+    }
+    let (x, weight, rows) = (&*x, &*weight, ROWS * weight.len());
+    to.par_chunks_mut(rows)
+        .zip(x.par_chunks(rows).zip(grad.par_chunks(rows)))
+        .for_each(|(to, (x, grad))| add_slopes(to, x, weight, eps as f32, grad));
+    Ok(())
+}
+
+fn add_slopes(to: &mut [f32], x: &[f32], weight: &[f32], eps: f32, grad: &[f32]) {
+    dispatch!(add_slopes_with(
+        to: &mut [f32],
+        x: &[f32],
+        weight: &[f32],
+        eps: f32,
+        grad: &[f32],
+    ))
+}
+
+/// With r = 1/sqrt(mean(x²)+eps) and h = grad·w: r·h − x·r³·mean(h·x).
+#[inline(always)]
+fn add_slopes_with<L: Lanes>(to: &mut [f32], x: &[f32], weight: &[f32], eps: f32, grad: &[f32]) {
     let width = weight.len();
-    let mut dx = vec![0f32; x.len()];
-    dx.par_chunks_exact_mut(width)
-        .with_min_len(16)
-        .zip(x.par_chunks_exact(width).zip(grad.par_chunks_exact(width)))
-        .for_each(|(dx, (x, grad))| {
-            let (mut squares, mut along) = (0f32, 0f32);
-            for ((dx, x), (grad, weight)) in dx.iter_mut().zip(x).zip(grad.iter().zip(weight)) {
-                *dx = grad * weight;
-                squares += x * x;
-                along += *dx * x;
-            }
-            let r = 1.0 / (squares / width as f32 + eps as f32).sqrt();
-            let back = along / width as f32 * r * r * r;
-            dx.iter_mut().zip(x).for_each(|(dx, x)| *dx = *dx * r - x * back);
-        });
-    dx
+    let rows = x.chunks_exact(width).zip(grad.chunks_exact(width));
+    for (to, (x, grad)) in to.chunks_exact_mut(width).zip(rows) {
+        let (mut squares, mut along) = (L::splat(0.0), L::splat(0.0));
+        let whole = width / 16 * 16;
+        // SAFETY, here and below: 16 values from `at` on, which is less than `whole`.
+        let load = |values: &[f32], at: usize| unsafe { L::load(values[at..at + 16].as_ptr()) };
+        for at in (0..whole).step_by(16) {
+            let x = load(x, at);
+            squares = x.mul_add(x, squares);
+            along = load(grad, at).mul(load(weight, at)).mul_add(x, along);
+        }
+        let rest = || (whole..width).map(|i| (x[i], grad[i] * weight[i]));
+        let squares = squares.sum() + rest().map(|(x, _)| x * x).sum::<f32>();
+        let along = along.sum() + rest().map(|(x, h)| x * h).sum::<f32>();
+        let r = 1.0 / (squares / width as f32 + eps).sqrt();
+        let back = along / width as f32 * r * r * r;
+        for at in (0..whole).step_by(16) {
+            let slope = load(grad, at).mul(load(weight, at)).mul(L::splat(r));
+            let sum = load(to, at).add(slope.sub(load(x, at).mul(L::splat(back))));
+            unsafe { sum.store(to[at..at + 16].as_mut_ptr()) };
+        }
+        for i in whole..width {
+            to[i] += grad[i] * weight[i] * r - x[i] * back;
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{Device, Var};
+    use candle_core::{D, Device, Var};
 
     fn naive(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
         let r = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
@@ -106,15 +130,18 @@ mod tests {
     #[test]
     fn value_and_gradient_match_the_formula_written_in_plain_operations() -> Result<()> {
         let dev = Device::Cpu;
-        let x = Var::from_tensor(&Tensor::randn(0f32, 1f32, (5, 3, 48), &dev)?)?;
-        let w = Tensor::randn(1f32, 0.2f32, 48, &dev)?;
-        let up = Tensor::randn(0f32, 1f32, (5, 3, 48), &dev)?;
-        let ours = rms_norm(&x, &w, 1e-6)?;
-        let theirs = naive(&x, &w, 1e-6)?;
-        let g1 = (ours.clone() * &up)?.sum_all()?.backward()?;
-        let g2 = (theirs.clone() * &up)?.sum_all()?.backward()?;
-        crate::ops::tests::assert_close(&ours, &theirs, 1e-5);
-        crate::ops::tests::assert_close(g1.get(&x).unwrap(), g2.get(&x).unwrap(), 1e-5);
+        for width in [48, 9, 37] {
+            let x = Var::from_tensor(&Tensor::randn(0f32, 1f32, (5, 7, width), &dev)?)?;
+            let w = Tensor::randn(1f32, 0.2f32, width, &dev)?;
+            let up = Tensor::randn(0f32, 1f32, (5, 7, width), &dev)?;
+            let theirs = naive(&x, &w, 1e-6)?;
+            crate::ops::tests::assert_close(&rms_norm(&x, &w, 1e-6)?, &theirs, 1e-5);
+            let theirs = (theirs * &up)?.sum_all()?.backward()?;
+            let mut ours = vec![1f32; up.elem_count()];
+            rms_norm_backward(&x, &w, 1e-6, &Numbers::of(&up)?, &mut ours)?;
+            let ours = (Tensor::from_vec(ours, up.shape(), &dev)? - 1.0)?;
+            crate::ops::tests::assert_close(&ours, theirs.get(&x).unwrap(), 1e-5);
+        }
         Ok(())
     }
 }

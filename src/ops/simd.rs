@@ -30,6 +30,13 @@ pub trait Lanes: Copy {
     fn scale(self, n: Self) -> Self;
     fn to_array(self) -> [f32; 16];
 
+    /// Lane `c` of row `r` in lane `r` of row `c`.
+    #[inline(always)]
+    fn transposed(rows: [Self; 16]) -> [Self; 16] {
+        let rows = rows.map(Self::to_array);
+        std::array::from_fn(|c| Self::from_array(std::array::from_fn(|r| rows[r][c])))
+    }
+
     #[inline(always)]
     fn from_array(values: [f32; 16]) -> Self {
         // SAFETY: an array of 16.
@@ -209,6 +216,41 @@ mod x86 {
         #[inline(always)]
         fn scale(self, n: Self) -> Self {
             Self(unsafe { _mm512_scalef_ps(self.0, n.0) })
+        }
+        #[inline(always)]
+        fn transposed(rows: [Self; 16]) -> [Self; 16] {
+            unsafe {
+                // Within quarters of registers: pairs of rows, then squares of four.
+                let mut pairs = [rows[0].0; 16];
+                for r in (0..16).step_by(2) {
+                    pairs[r] = _mm512_unpacklo_ps(rows[r].0, rows[r + 1].0);
+                    pairs[r + 1] = _mm512_unpackhi_ps(rows[r].0, rows[r + 1].0);
+                }
+                let mut squares = pairs;
+                for r in (0..16).step_by(4) {
+                    for half in 0..2 {
+                        let (a, b) = (pairs[r + half], pairs[r + half + 2]);
+                        let (a, b) = (_mm512_castps_pd(a), _mm512_castps_pd(b));
+                        squares[r + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                        squares[r + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+                    }
+                }
+                // `squares[4 * i + j]` has in quarter `q` column `4 * q + j` of rows `4 * i ..`.
+                let mut turned = rows;
+                for j in 0..4 {
+                    let (a, b, c, d) =
+                        (squares[j], squares[4 + j], squares[8 + j], squares[12 + j]);
+                    let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b);
+                    let odd = _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b);
+                    let even_below = _mm512_shuffle_f32x4::<0b10_00_10_00>(c, d);
+                    let odd_below = _mm512_shuffle_f32x4::<0b11_01_11_01>(c, d);
+                    turned[j].0 = _mm512_shuffle_f32x4::<0b10_00_10_00>(even, even_below);
+                    turned[4 + j].0 = _mm512_shuffle_f32x4::<0b10_00_10_00>(odd, odd_below);
+                    turned[8 + j].0 = _mm512_shuffle_f32x4::<0b11_01_11_01>(even, even_below);
+                    turned[12 + j].0 = _mm512_shuffle_f32x4::<0b11_01_11_01>(odd, odd_below);
+                }
+                turned
+            }
         }
         #[inline(always)]
         fn to_array(self) -> [f32; 16] {

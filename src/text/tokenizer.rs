@@ -109,6 +109,23 @@ impl Tokenizer {
         Ok((encoding.get_ids().to_vec(), added))
     }
 
+    /// Where each token of `text` begins, in bytes, ascending. A char of several tokens begins them all.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn token_starts(&self, text: &str) -> Result<Vec<usize>, TextError> {
+        let encoding = self
+            .inner
+            .encode(text, false)
+            .map_err(|e| TextError::Encode { reason: e.to_string() })?;
+        let mut last = 0;
+        let ascending = encoding.get_offsets().iter().map(|&(start, _)| {
+            last = start.max(last);
+            last
+        });
+        Ok(ascending.collect())
+    }
+
     /// A text of more bytes than this has more than `tokens` tokens, whatever it says: a way to refuse it
     /// without tokenising it. `None` when the vocabulary does not hold every byte, since then one unknown
     /// token can stand for any length of text.

@@ -2,7 +2,7 @@
 //!
 //! | file in `run_dir` | holds |
 //! |---|---|
-//! | `packs.safetensors` | the packs, written once: a resumed run learns from the very same ones |
+//! | `packs.safetensors`, `eval-packs.safetensors` | the packs and the held-out ones, written once |
 //! | `cache-step{N}.pt` | the cartridge after N updates |
 //! | `state-step{N}.safetensors` | f32 master copies, the optimiser's means, where the run stands |
 //! | `cache_last.pt` | link to the newest cartridge |
@@ -18,6 +18,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::pack_file::PackFile;
 use super::trainer::{Position, Trainer};
 use super::{Pack, Targets, TrainError};
 use crate::cartridge::{
@@ -26,9 +27,6 @@ use crate::cartridge::{
 
 /// Where [`Saved`] stands in the header of a state file.
 const SAVED: &str = "saved";
-
-/// Where the packs' file says what they were made of.
-const SOURCE: &str = "source";
 
 #[derive(Serialize, Deserialize)]
 struct Saved {
@@ -55,92 +53,35 @@ impl RunDir {
         &self.path
     }
 
-    /// Whether a run was begun here.
-    pub fn has_packs(&self) -> bool {
-        self.packs_path().exists()
+    /// The packs of the run.
+    pub fn packs(&self) -> PackFile {
+        PackFile::new(self.path.join("packs.safetensors"))
     }
 
-    /// `source` stands for everything they were made of; [`Self::check_source`] compares it.
-    pub fn write_packs(&self, packs: &[Pack], source: &str) -> Result<(), TrainError> {
-        let joined = |f: &dyn Fn(&Pack) -> &[u32]| -> Vec<u32> {
-            packs.iter().flat_map(|pack| f(pack).iter().copied()).collect()
-        };
-        let sizes: Vec<u32> = packs
-            .iter()
-            .flat_map(|pack| [pack.tokens.len(), pack.cu_seqlens.len(), pack.targets.len()])
-            .map(|len| len as u32)
-            .collect();
-        let probs: Vec<f32> = packs.iter().flat_map(|p| p.targets.probs.iter().copied()).collect();
-        let integers = [
-            ("sizes", sizes),
-            ("tokens", joined(&|pack| &pack.tokens)),
-            ("cu_seqlens", joined(&|pack| &pack.cu_seqlens)),
-            ("rows", joined(&|pack| &pack.targets.rows)),
-            ("ids", joined(&|pack| &pack.targets.ids)),
-        ];
-        let mut tensors: Vec<(String, Dtype, &[u8])> = integers
-            .iter()
-            .map(|(name, values)| ((*name).to_owned(), Dtype::U32, bytemuck::cast_slice(values)))
-            .collect();
-        tensors.push(("probs".to_owned(), Dtype::F32, bytemuck::cast_slice(&probs)));
-        let facts = HashMap::from([(SOURCE.to_owned(), source.to_owned())]);
-        self.write(&self.packs_path(), tensors, facts)
-    }
-
-    /// # Errors
-    /// [`TrainError::Resume`] when the packs that lie here were made of something else.
-    pub fn check_source(&self, source: &str) -> Result<(), TrainError> {
-        let path = self.packs_path();
-        let bytes = std::fs::read(&path).map_err(|e| io("read", &path, e))?;
-        let (_, header) =
-            SafeTensors::read_metadata(&bytes).map_err(|e| resume(&path, &e.to_string()))?;
-        let made_of = header.metadata().as_ref().and_then(|facts| facts.get(SOURCE));
-        match made_of.is_some_and(|made_of| made_of == source) {
-            true => Ok(()),
-            false => Err(resume(
-                &path,
-                "it was made of another document, other conversations or other options of the data",
-            )),
-        }
-    }
-
-    pub fn read_packs(&self) -> Result<Vec<Pack>, TrainError> {
-        let path = self.packs_path();
-        let bytes = std::fs::read(&path).map_err(|e| io("read", &path, e))?;
-        let broken = |reason: &str| resume(&path, reason);
-        let file = SafeTensors::deserialize(&bytes).map_err(|e| broken(&e.to_string()))?;
-        let mut parts = HashMap::new();
-        for name in ["sizes", "tokens", "cu_seqlens", "rows", "ids"] {
-            let tensor = file.tensor(name).map_err(|e| broken(&e.to_string()))?;
-            parts.insert(name, numbers(tensor.data(), u32::from_le_bytes).into_iter());
-        }
-        let probs = file.tensor("probs").map_err(|e| broken(&e.to_string()))?;
-        let mut probs = numbers(probs.data(), f32::from_le_bytes).into_iter();
-        let sizes: Vec<u32> = parts.remove("sizes").into_iter().flatten().collect();
-        let mut take = |name: &str, len: u32| -> Result<Vec<u32>, TrainError> {
-            let values = parts.get_mut(name).into_iter().flatten().take(len as usize);
-            let values: Vec<u32> = values.collect();
-            if values.len() == len as usize { Ok(values) } else { Err(broken("it is cut short")) }
-        };
-        sizes
-            .chunks_exact(3)
-            .map(|size| {
-                let probs: Vec<f32> = probs.by_ref().take(size[2] as usize).collect();
-                let rows = take("rows", size[2])?;
-                if probs.len() != rows.len() {
-                    return Err(broken("it is cut short"));
-                }
-                Ok(Pack {
-                    tokens: take("tokens", size[0])?,
-                    cu_seqlens: take("cu_seqlens", size[1])?,
-                    targets: Targets { rows, ids: take("ids", size[2])?, probs },
-                })
-            })
-            .collect()
+    /// Held-out packs, those only measured.
+    pub fn eval_packs(&self) -> PackFile {
+        PackFile::new(self.path.join("eval-packs.safetensors"))
     }
 
     /// Saves where `trainer` stands: the cartridge as `dtype`, then the state. Returns the cartridge's path.
+    ///
+    /// # Errors
+    /// [`TrainError::Save`], e.g. on a full disk; what was saved before is as it was.
     pub fn save(
+        &self,
+        trainer: &Trainer,
+        dtype: DType,
+        facts: Provenance,
+    ) -> Result<PathBuf, TrainError> {
+        self.try_save(trainer, dtype, facts).map_err(|e| TrainError::Save {
+            step: trainer.position.step,
+            path: self.path.clone(),
+            kept: self.saved_steps().ok().and_then(|mut steps| steps.pop()),
+            source: Box::new(e),
+        })
+    }
+
+    fn try_save(
         &self,
         trainer: &Trainer,
         dtype: DType,
@@ -167,7 +108,7 @@ impl RunDir {
         let saved =
             serde_json::to_string(&saved).map_err(|e| TrainError::Invalid(e.to_string()))?;
         let facts = HashMap::from([(SAVED.to_owned(), saved)]);
-        self.write(&self.state_path(step), tensors.collect(), facts)?;
+        write_tensors(&self.state_path(step), tensors.collect(), facts)?;
         self.link_last(&name)?;
         self.forget_old()?;
         Ok(path)
@@ -258,33 +199,29 @@ impl RunDir {
         made.and_then(|()| std::fs::rename(&temporary, &last)).map_err(|e| io("link", &last, e))
     }
 
-    fn write(
-        &self,
-        path: &Path,
-        tensors: Vec<(String, Dtype, &[u8])>,
-        facts: HashMap<String, String>,
-    ) -> Result<(), TrainError> {
-        let invalid = |e: safetensors::SafeTensorError| TrainError::Invalid(e.to_string());
-        let views = tensors
-            .into_iter()
-            .map(|(name, dtype, bytes)| {
-                let len = bytes.len() / size_of::<f32>();
-                TensorView::new(dtype, vec![len], bytes).map(|view| (name, view))
-            })
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(invalid)?;
-        let bytes = serialize(views, Some(facts)).map_err(invalid)?;
-        let failed = |e| CartridgeError::io("write the file", &e);
-        Ok(write_atomically(path, |file| file.write_all(&bytes).map_err(failed))?)
-    }
-
-    fn packs_path(&self) -> PathBuf {
-        self.path.join("packs.safetensors")
-    }
-
     fn state_path(&self, step: u64) -> PathBuf {
         self.path.join(format!("state-step{step}.safetensors"))
     }
+}
+
+/// Writes a file of one-dimensional tensors, as a whole.
+pub(super) fn write_tensors(
+    path: &Path,
+    tensors: Vec<(String, Dtype, &[u8])>,
+    facts: HashMap<String, String>,
+) -> Result<(), TrainError> {
+    let invalid = |e: safetensors::SafeTensorError| TrainError::Invalid(e.to_string());
+    let views = tensors
+        .into_iter()
+        .map(|(name, dtype, bytes)| {
+            let len = bytes.len() / size_of::<f32>();
+            TensorView::new(dtype, vec![len], bytes).map(|view| (name, view))
+        })
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(invalid)?;
+    let bytes = serialize(views, Some(facts)).map_err(invalid)?;
+    let failed = |e| CartridgeError::io("write the file", &e);
+    Ok(write_atomically(path, |file| file.write_all(&bytes).map_err(failed))?)
 }
 
 /// Digest of packs, as part of what a run is known by.
@@ -300,14 +237,14 @@ pub(super) fn digest_of(packs: &[Pack], digest: &mut Sha256) {
 }
 
 /// The numbers of a tensor, which may lie anywhere in the file.
-fn numbers<T>(bytes: &[u8], number: fn([u8; 4]) -> T) -> Vec<T> {
+pub(super) fn numbers<T>(bytes: &[u8], number: fn([u8; 4]) -> T) -> Vec<T> {
     bytes.as_chunks().0.iter().map(|bytes| number(*bytes)).collect()
 }
 
-fn resume(path: &Path, reason: &str) -> TrainError {
+pub(super) fn resume(path: &Path, reason: &str) -> TrainError {
     TrainError::Resume { path: path.to_owned(), reason: reason.to_owned() }
 }
 
-fn io(action: &'static str, path: &Path, source: std::io::Error) -> TrainError {
+pub(super) fn io(action: &'static str, path: &Path, source: std::io::Error) -> TrainError {
     TrainError::Io { action, path: path.to_owned(), source }
 }

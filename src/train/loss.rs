@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{Targets, TrainError};
-use crate::ops::{Linear, exp_in_place, exp_sum, max};
+use crate::ops::{Linear, exp_in_place, exp_sum, max, with_f32};
 
 /// Logits held at once: 64 MiB of f32.
 const MAX_CHUNK_LOGITS: usize = 16 << 20;
@@ -99,7 +99,7 @@ pub(super) fn distillation_loss(
     head: &Linear,
     targets: &TargetRows<'_>,
     options: LossOptions,
-) -> Result<(LossOnly, Option<Tensor>), TrainError> {
+) -> Result<(LossOnly, Option<Vec<f32>>), TrainError> {
     let (rows, entries) = (targets.rows.len(), targets.targets.len());
     let divisor = match options.normalizer {
         Normalizer::Tokens => rows,
@@ -110,7 +110,7 @@ pub(super) fn distillation_loss(
     // What one unit of a row's probability adds to the gradient.
     let unit = options.gradient.then(|| f64::from(scale) / divisor as f64);
     let mut nll_sum = 0f64;
-    let mut gradients = Vec::new();
+    let mut gradient = options.gradient.then(Vec::new);
     for first in (0..rows).step_by(step) {
         let logits = head.forward(&hidden.narrow(0, first, step.min(rows - first))?)?;
         let op = RowLosses { targets, first, scale, unit, losses: Mutex::new(Vec::new()) };
@@ -120,13 +120,12 @@ pub(super) fn distillation_loss(
             return Err(TrainError::NonFiniteLoss { row: targets.rows[first + i] as usize });
         }
         nll_sum += losses.iter().sum::<f64>();
-        if options.gradient {
-            gradients.push(head.backward(&logits)?);
+        if let Some(gradient) = &mut gradient {
+            gradient.extend(with_f32(&logits, |logits| head.backward(logits))?);
         }
     }
     let entropy_sum = targets.entropy_sum();
     let loss = LossOnly { loss: nll_sum / divisor as f64, nll_sum, entropy_sum, rows, entries };
-    let gradient = options.gradient.then(|| Tensor::cat(&gradients, 0)).transpose()?;
     Ok((loss, gradient))
 }
 

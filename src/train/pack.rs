@@ -42,4 +42,33 @@ pub struct Pack {
     pub cu_seqlens: Vec<u32>,
     /// Rows are indices into `tokens`.
     pub targets: Targets,
+    /// The dataset row each sequence was made of, for messages about it. Empty when there is none.
+    pub dataset_rows: Vec<u32>,
+}
+
+impl Pack {
+    /// Which sequence token `at` belongs to.
+    pub fn sequence_of(&self, at: usize) -> usize {
+        self.cu_seqlens.partition_point(|begin| *begin as usize <= at).saturating_sub(1)
+    }
+
+    /// Each sequence that has targets, as a pack of its own.
+    pub fn sequences(&self) -> impl Iterator<Item = Pack> + '_ {
+        let Targets { rows, ids, probs } = &self.targets;
+        let ends = self.cu_seqlens.windows(2).enumerate();
+        ends.filter_map(move |(sequence, ends)| {
+            let entries = rows.partition_point(|row| *row < ends[0])
+                ..rows.partition_point(|row| *row < ends[1]);
+            (!entries.is_empty()).then(|| Pack {
+                tokens: self.tokens[ends[0] as usize..ends[1] as usize].to_vec(),
+                cu_seqlens: vec![0, ends[1] - ends[0]],
+                targets: Targets {
+                    rows: rows[entries.clone()].iter().map(|row| row - ends[0]).collect(),
+                    ids: ids[entries.clone()].to_vec(),
+                    probs: probs[entries].to_vec(),
+                },
+                dataset_rows: self.dataset_rows.get(sequence).copied().into_iter().collect(),
+            })
+        })
+    }
 }

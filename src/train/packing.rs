@@ -139,13 +139,18 @@ impl PackPlan {
     /// Pack `index` of the elements the plan was made of, if there is one. Targets of tokens beyond a cut
     /// are left out.
     pub fn pack(&self, index: usize, elements: &[Element]) -> Option<Pack> {
-        let mut pack =
-            Pack { tokens: Vec::new(), cu_seqlens: vec![0], targets: Targets::default() };
+        let mut pack = Pack {
+            tokens: Vec::new(),
+            cu_seqlens: vec![0],
+            targets: Targets::default(),
+            dataset_rows: Vec::new(),
+        };
         for piece in self.pieces(index)? {
             let element = elements.get(piece.element)?;
             let begin = pack.tokens.len() as u32;
             pack.tokens.extend(element.tokens.iter().take(piece.tokens));
             pack.cu_seqlens.push(pack.tokens.len() as u32);
+            pack.dataset_rows.push(element.row as u32);
             let Targets { rows, ids, probs } = &element.targets;
             let kept = rows.partition_point(|&row| row as usize + 1 < piece.tokens);
             for ((&row, &id), &prob) in rows[..kept].iter().zip(ids).zip(probs) {

@@ -16,8 +16,7 @@ pub enum Decay {
 
 /// Linear warm-up, then `decay` to a floor.
 ///
-/// Update `t` (from 0) uses [`Schedule::lr`]`(t)`. The schedulers of the original trainers are one update
-/// late, and their first update uses the full rate.
+/// Update `t` (from 0) uses [`Schedule::lr`]`(t)`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Schedule {
     pub lr: f64,
@@ -29,19 +28,31 @@ pub struct Schedule {
     pub alpha_f: f64,
     /// Updates in all; the floor is reached at the last.
     pub max_steps: u64,
+    /// As the original trainers have it: each rate is used one update late, the first update uses the full
+    /// one, and the floor is reached after the last.
+    pub parity: bool,
 }
 
 impl Schedule {
     /// The learning rate of update `t`, counted from 0.
     pub fn lr(&self, t: u64) -> f64 {
+        match (self.parity, t) {
+            (false, t) => self.planned(t, 1),
+            (true, 0) => self.lr,
+            (true, t) => self.planned(t - 1, 0),
+        }
+    }
+
+    /// `ahead`: how many updates before `max_steps` the floor is reached.
+    fn planned(&self, t: u64, ahead: u64) -> f64 {
         let part = |t: u64, of: u64| (t as f64 / of.max(1) as f64).min(1.0);
         if t < self.warmup_steps {
             return self.warmup_min_lr
                 + (self.lr - self.warmup_min_lr) * part(t, self.warmup_steps);
         }
         let floor = self.alpha_f * self.lr;
-        let done =
-            part(t - self.warmup_steps, self.max_steps.saturating_sub(self.warmup_steps + 1));
+        let decaying = self.max_steps.saturating_sub(self.warmup_steps + ahead);
+        let done = part(t - self.warmup_steps, decaying);
         let left = match self.decay {
             Decay::Constant => return self.lr,
             Decay::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
@@ -55,7 +66,7 @@ impl Schedule {
 mod tests {
     use super::*;
 
-    fn rates(decay: Decay, warmup_steps: u64) -> Vec<f64> {
+    fn rates(decay: Decay, warmup_steps: u64, parity: bool) -> Vec<f64> {
         let schedule = Schedule {
             lr: 1.0,
             decay,
@@ -63,6 +74,7 @@ mod tests {
             warmup_min_lr: 0.2,
             alpha_f: 0.1,
             max_steps: 9,
+            parity,
         };
         (0..12).map(|t| schedule.lr(t)).collect()
     }
@@ -70,15 +82,26 @@ mod tests {
     #[test]
     fn warms_up_from_the_first_update_and_reaches_the_floor_at_the_last() {
         for decay in [Decay::Cosine, Decay::Linear] {
-            let got = rates(decay, 4);
+            let got = rates(decay, 4, false);
             for (got, want) in got.iter().zip([0.2, 0.4, 0.6, 0.8, 1.0]) {
                 assert!((got - want).abs() < 1e-12, "{decay:?} {got} for {want}");
             }
             assert!((got[6] - 0.55).abs() < 1e-12, "half way is the middle: {}", got[6]);
             assert!(got[8..].iter().all(|lr| (lr - 0.1).abs() < 1e-12), "{got:?}");
         }
-        assert!(rates(Decay::Constant, 0).iter().all(|lr| *lr == 1.0));
-        assert_eq!(rates(Decay::Linear, 0)[0], 1.0);
+        assert!(rates(Decay::Constant, 0, false).iter().all(|lr| *lr == 1.0));
+        assert_eq!(rates(Decay::Linear, 0, false)[0], 1.0);
+    }
+
+    /// `LinearWithWarmup` of the original trainer: 4 updates of warm-up, 5 of decay, written after the update.
+    #[test]
+    fn with_parity_rates_are_one_update_late_and_the_first_is_the_full_one() {
+        let got = rates(Decay::Linear, 4, true);
+        let want = [1.0, 0.2, 0.4, 0.6, 0.8, 1.0, 0.82, 0.64, 0.46, 0.28, 0.1, 0.1];
+        for (got, want) in got.iter().zip(want) {
+            assert!((got - want).abs() < 1e-12, "{got} for {want}");
+        }
+        assert!(rates(Decay::Constant, 0, true).iter().all(|lr| *lr == 1.0));
     }
 
     #[test]
@@ -90,6 +113,7 @@ mod tests {
             warmup_min_lr: 0.0,
             alpha_f: 0.1,
             max_steps: 1,
+            parity: false,
         };
         assert_eq!(schedule.lr(0), 1.0);
     }

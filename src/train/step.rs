@@ -1,19 +1,20 @@
 //! The gradient of one micro-step: a pack in, the loss and a gradient for every cartridge tensor out.
 //!
-//! The model's weights are plain tensors that candle's graph never follows; only the cartridge's keys and
-//! values, and in between the hidden states, are variables.
+//! The way back is written out layer by layer, without candle's graph, and computes nothing that the
+//! gradient does not need: the model's weights are frozen, so nothing before the first layer's keys and values
+//! is learned; and of the last layer only the rows with a target lead to the loss, so its queries, and all
+//! that follows them, exist for these rows alone.
 
-use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, Var};
+use candle_core::{Device, Tensor};
 
 use super::attention::{Prefix, PrefixAttention};
 use super::check::{check_pack, check_prefix};
 use super::loss::{LossOptions, TargetRows, distillation_loss};
 use super::{LossOnly, Normalizer, Pack, TrainError};
-use crate::model::Decoder;
+use crate::model::{Angles, Chosen, Decoder, Trace};
+use crate::ops::attention::{Heads, LogSums, PackedAttention, PackedGradients};
 
 /// Keys (after RoPE) and values of one layer of the cartridge, each `[kv_heads, p, head_dim]` in f32.
-/// Tensors of a [`Var`] are used in place, others are copied.
 #[derive(Debug, Clone)]
 pub struct PrefixLayer {
     pub keys: Tensor,
@@ -74,7 +75,31 @@ pub fn gradients(
         return Err(TrainError::Prefix { reason });
     }
     let pass = Pass::new(decoder, prefix, pack, options, true)?;
-    if options.recompute { pass.by_layer(prefix) } else { pass.at_once(prefix) }
+    let prefix = contiguous(prefix)?;
+    let (hidden, mut kept) = pass.forward(&prefix, options.recompute)?;
+    let AtHead { loss, gradient } = pass.loss(&hidden)?;
+    drop(hidden);
+    let mut upstream = gradient;
+    let mut gradients = Vec::with_capacity(prefix.len());
+    for (index, prefix) in prefix.iter().enumerate().rev() {
+        let (Some(kept), Some(grad)) = (kept.pop(), upstream.take()) else {
+            return Err(candle_core::Error::msg("a layer without a way back").into());
+        };
+        let (trace, log_sums) = match kept {
+            Kept::Whole(trace, log_sums) => (*trace, log_sums),
+            Kept::Input(input) => {
+                let (_, trace, log_sums) = pass.layer(index, &input, Some(prefix))?;
+                (trace, log_sums)
+            }
+        };
+        let (below, found) = pass.layer_backward(index, prefix, trace, log_sums, grad)?;
+        upstream = below;
+        let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu);
+        gradients
+            .push((tensor(found.prefix_keys, &prefix.0)?, tensor(found.prefix_values, &prefix.1)?));
+    }
+    gradients.reverse();
+    Ok(StepOutput::new(loss, gradients))
 }
 
 /// The loss of `pack` alone; an empty `prefix` is the model without a cartridge.
@@ -85,23 +110,24 @@ pub fn evaluate(
     options: &StepOptions,
 ) -> Result<LossOnly, TrainError> {
     let pass = Pass::new(decoder, prefix, pack, options, false)?;
-    let prefix: Vec<Prefix> = prefix.iter().map(PrefixLayer::detached).collect();
+    let prefix = contiguous(prefix)?;
     let mut hidden = decoder.embed(&pack.tokens)?;
     for index in 0..decoder.config().layers {
-        hidden = pass.layer(index, &hidden, prefix.get(index))?;
+        (hidden, ..) = pass.layer(index, &hidden, prefix.get(index))?;
     }
     Ok(pass.loss(&hidden)?.loss)
 }
 
-impl PrefixLayer {
-    fn detached(&self) -> Prefix {
-        (self.keys.detach(), self.values.detach())
-    }
+fn contiguous(prefix: &[PrefixLayer]) -> candle_core::Result<Vec<Prefix>> {
+    let layer = |layer: &PrefixLayer| Ok((layer.keys.contiguous()?, layer.values.contiguous()?));
+    prefix.iter().map(layer).collect()
+}
 
-    fn variables(&self) -> candle_core::Result<Prefix> {
-        let keys = Var::from_tensor(&self.keys)?.into_inner();
-        Ok((keys, Var::from_tensor(&self.values)?.into_inner()))
-    }
+/// What the way back needs of a layer.
+enum Kept {
+    Whole(Box<Trace>, LogSums),
+    /// Its input, from which it is computed again.
+    Input(Tensor),
 }
 
 /// What is the same for every layer of a pass.
@@ -109,8 +135,11 @@ struct Pass<'a> {
     decoder: &'a Decoder,
     pack: &'a Pack,
     targets: TargetRows<'a>,
-    target_rows: Tensor,
-    angles: (Tensor, Tensor),
+    angles: Angles,
+    attention: PackedAttention,
+    /// Of the last layer: rows with a target, and their attention.
+    chosen: Chosen,
+    last_attention: PackedAttention,
     options: LossOptions,
 }
 
@@ -125,20 +154,40 @@ impl<'a> Pass<'a> {
         if !(options.temperature > 0.0 && options.temperature.is_finite()) {
             return Err(TrainError::Temperature { temperature: options.temperature });
         }
-        let start = check_prefix(prefix, decoder.config())? as u32;
-        check_pack(pack, decoder.config())?;
+        let config = decoder.config();
+        let start = check_prefix(prefix, config)? as u32;
+        check_pack(pack, config)?;
         let lengths = pack.cu_seqlens.windows(2).map(|ends| ends[1] - ends[0]);
         let positions: Vec<u32> = lengths.flat_map(|len| start..start + len).collect();
+        let angles = decoder.angles(&positions)?;
         let targets = TargetRows::new(&pack.targets);
+        let chosen = Chosen::new(targets.rows.clone(), &angles)?;
+        let attention = |queries: &[u32]| {
+            let heads =
+                Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
+            let scale = 1.0 / (config.head_dim as f32).sqrt();
+            PackedAttention::new(&pack.cu_seqlens, queries, heads, scale)
+        };
+        let all: Vec<u32> = (0..pack.tokens.len() as u32).collect();
         let StepOptions { normalizer, temperature, .. } = *options;
         Ok(Self {
+            attention: attention(&all)?,
+            last_attention: attention(&chosen.rows)?,
             decoder,
             pack,
-            target_rows: Tensor::new(targets.rows.as_slice(), decoder.device())?,
             targets,
-            angles: decoder.angles(&positions)?,
+            angles,
+            chosen,
             options: LossOptions { normalizer, temperature, gradient },
         })
+    }
+
+    /// Which rows of a layer's output are wanted, if not all, and its attention.
+    fn rows(&self, index: usize) -> (Option<&Chosen>, &PackedAttention) {
+        match index + 1 == self.decoder.config().layers {
+            true => (Some(&self.chosen), &self.last_attention),
+            false => (None, &self.attention),
+        }
     }
 
     fn layer(
@@ -146,121 +195,76 @@ impl<'a> Pass<'a> {
         index: usize,
         hidden: &Tensor,
         prefix: Option<&Prefix>,
-    ) -> candle_core::Result<Tensor> {
-        let mut attention = PrefixAttention { prefix, cu_seqlens: &self.pack.cu_seqlens };
-        self.decoder.layer(index, hidden, &self.angles, &mut attention)
+    ) -> candle_core::Result<(Tensor, Trace, LogSums)> {
+        let (chosen, packed) = self.rows(index);
+        let mut attention = PrefixAttention { packed, prefix, log_sums: None };
+        let (output, trace) =
+            self.decoder.layer(index, hidden, &self.angles, chosen, &mut attention)?;
+        match attention.log_sums {
+            Some(log_sums) => Ok((output, trace, log_sums)),
+            None => candle_core::bail!("a layer that did not attend"),
+        }
     }
 
-    /// Of the hidden states behind the last layer.
-    fn loss(&self, hidden: &Tensor) -> Result<AtHead, TrainError> {
-        let rows = self.decoder.normed(&hidden.index_select(&self.target_rows, 0)?)?;
-        let head = self.decoder.head();
-        let (loss, gradient) =
-            distillation_loss(&rows.detach(), head, &self.targets, self.options)?;
-        Ok(AtHead { loss, rows, gradient })
-    }
-
-    fn at_once(&self, prefix: &[PrefixLayer]) -> Result<StepOutput, TrainError> {
-        let prefix: Vec<Prefix> =
-            prefix.iter().map(PrefixLayer::variables).collect::<candle_core::Result<_>>()?;
+    /// The hidden states of the target rows behind the last layer, and what is kept of each layer.
+    fn forward(
+        &self,
+        prefix: &[Prefix],
+        recompute: bool,
+    ) -> candle_core::Result<(Tensor, Vec<Kept>)> {
         let mut hidden = self.decoder.embed(&self.pack.tokens)?;
-        for (index, prefix) in prefix.iter().enumerate() {
-            hidden = self.layer(index, &hidden, Some(prefix))?;
+        let mut kept = Vec::with_capacity(prefix.len());
+        for (index, layer) in prefix.iter().enumerate() {
+            let (output, trace, log_sums) = self.layer(index, &hidden, Some(layer))?;
+            // The last layer is the first on the way back.
+            kept.push(match recompute && index + 1 < prefix.len() {
+                true => Kept::Input(trace.hidden),
+                false => Kept::Whole(Box::new(trace), log_sums),
+            });
+            hidden = output;
         }
-        let head = self.loss(&hidden)?;
-        let mut found = head.backward()?;
-        let gradients = prefix.iter().map(|prefix| take_prefix(&mut found, prefix));
-        Ok(StepOutput::new(head.loss, gradients.collect::<candle_core::Result<_>>()?))
+        Ok((hidden, kept))
     }
 
-    fn by_layer(&self, prefix: &[PrefixLayer]) -> Result<StepOutput, TrainError> {
-        let mut inputs = vec![self.decoder.embed(&self.pack.tokens)?];
-        // The last layer is computed below, once, with its graph.
-        for (index, layer) in prefix[..prefix.len() - 1].iter().enumerate() {
-            let output = self.layer(index, &inputs[index], Some(&layer.detached()))?;
-            inputs.push(output);
-        }
-        let mut gradients = Vec::with_capacity(prefix.len());
-        let mut loss = None;
-        // With respect to the output of the layer at hand.
-        let mut upstream: Option<Tensor> = None;
-        for (index, layer) in prefix.iter().enumerate().rev() {
-            let layer = layer.variables()?;
-            let Some(input) = inputs.pop() else {
-                return Err(candle_core::Error::msg("a layer without an input").into());
-            };
-            // What comes before the first layer is frozen.
-            let input = if index == 0 { input } else { Var::from_tensor(&input)?.into_inner() };
-            let output = self.layer(index, &input, Some(&layer))?;
-            let mut found = match upstream.take() {
-                Some(gradient) => backward(&output, gradient)?,
-                None => {
-                    let head = self.loss(&output)?;
-                    loss = Some(head.loss);
-                    head.backward()?
-                }
-            };
-            drop(output);
-            gradients.push(take_prefix(&mut found, &layer)?);
-            upstream = found.remove(&input);
-        }
-        gradients.reverse();
-        match loss {
-            Some(loss) => Ok(StepOutput::new(loss, gradients)),
-            None => Err(candle_core::Error::msg("a model without layers").into()),
+    /// Of the target rows' hidden states behind the last layer.
+    fn loss(&self, hidden: &Tensor) -> Result<AtHead, TrainError> {
+        let rows = self.decoder.normed(hidden)?;
+        let (loss, gradient) =
+            distillation_loss(&rows, self.decoder.head(), &self.targets, self.options)?;
+        let gradient = gradient.map(|grad| self.decoder.normed_backward(hidden, &grad));
+        Ok(AtHead { loss, gradient: gradient.transpose()? })
+    }
+
+    /// From the gradient of a layer's output to those of its input, unless it is the first, and its prefix.
+    fn layer_backward(
+        &self,
+        index: usize,
+        prefix: &Prefix,
+        trace: Trace,
+        log_sums: LogSums,
+        grad: Vec<f32>,
+    ) -> candle_core::Result<(Option<Vec<f32>>, PackedGradients)> {
+        let (chosen, packed) = self.rows(index);
+        let attention = PrefixAttention { packed, prefix: Some(prefix), log_sums: Some(log_sums) };
+        let mut found = None;
+        let mut back = |trace: &Trace, grad: &[f32]| {
+            let mut gradients = attention.backward(trace, grad, index > 0)?;
+            let own = gradients.own.take();
+            found = Some(gradients);
+            Ok(own)
+        };
+        let input =
+            self.decoder.layer_backward(index, trace, &self.angles, chosen, grad, &mut back)?;
+        match found {
+            Some(found) => Ok((input, found)),
+            None => candle_core::bail!("no gradient reached the prefix of layer {index}"),
         }
     }
 }
 
-/// Where the graph of the layers ends and the loss begins.
+/// Where the layers end and the loss begins.
 struct AtHead {
     loss: LossOnly,
-    /// Normed hidden states of the target rows.
-    rows: Tensor,
-    /// Of the loss with respect to them, if it was asked for.
-    gradient: Option<Tensor>,
-}
-
-impl AtHead {
-    fn backward(&self) -> candle_core::Result<GradStore> {
-        match &self.gradient {
-            Some(gradient) => backward(&self.rows, gradient.clone()),
-            None => candle_core::bail!("the loss was computed without a gradient"),
-        }
-    }
-}
-
-fn take_prefix(
-    found: &mut GradStore,
-    (keys, values): &Prefix,
-) -> candle_core::Result<(Tensor, Tensor)> {
-    let mut take = |tensor: &Tensor, kind| match found.remove(tensor) {
-        Some(gradient) => Ok(gradient),
-        None => candle_core::bail!("no gradient reached the {kind} of a layer"),
-    };
-    Ok((take(keys, "keys")?, take(values, "values")?))
-}
-
-/// Gradients of the variables below `output`, given `gradient` with respect to it.
-fn backward(output: &Tensor, gradient: Tensor) -> candle_core::Result<GradStore> {
-    output.apply_op1(Known { gradient })?.backward()
-}
-
-/// A number whose gradient is known: it stands for the rest of the computation, which is not in the graph.
-struct Known {
-    gradient: Tensor,
-}
-
-impl CustomOp1 for Known {
-    fn name(&self) -> &'static str {
-        "known_gradient"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        Ok(Some(self.gradient.clone()))
-    }
+    /// Of the loss with respect to the hidden states of the target rows, if it was asked for.
+    gradient: Option<Vec<f32>>,
 }

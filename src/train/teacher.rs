@@ -1,22 +1,23 @@
-//! The teacher: the same model with the whole document in its prompt. It answers and says how likely it
-//! found each token and its alternatives.
+//! The teacher: the same model with the document in its prompt. It answers and says how likely it found
+//! each token and its alternatives.
 
-use std::collections::VecDeque;
+use serde::{Deserialize, Serialize};
 
-use super::{Targets, TrainError};
+use super::dataset::{Element, MassCut, TopLogprobs};
+use super::in_flight::side_by_side;
+use super::{Journal, Targets, TrainError};
 use crate::engine::{
-    EngineHandle, Event, GenerateRequest, LogprobOptions, Priority, SampledToken, SamplingParams,
-    TokenStream,
+    EngineError, EngineHandle, Event, GenerateRequest, LogprobOptions, Priority, SampledToken,
+    SamplingParams, TokenStream,
 };
-
-/// Requests on their way at once: enough to fill a step, few enough for any queue.
-const IN_FLIGHT: usize = 32;
 
 /// How the teacher answers.
 #[derive(Debug, Clone)]
 pub struct TeacherOptions {
     /// Alternatives per token, at most; the paper uses 20.
     pub top: usize,
+    /// Which of them are kept.
+    pub cut: MassCut,
     pub max_tokens: usize,
     /// Of the answers; their log-probabilities are always those at temperature 1.
     pub temperature: f32,
@@ -35,45 +36,46 @@ pub struct Lesson {
     pub answer: Option<Vec<u32>>,
 }
 
-/// A student's sequence with the teacher's distribution after each token of the answer.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Taught {
-    pub tokens: Vec<u32>,
-    /// Tokens before the answer.
-    pub prompt_tokens: usize,
-    pub targets: Targets,
+/// An answer with the teacher's distribution at each of its tokens.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Answered {
+    /// The end token included, if the teacher came to it.
+    pub token_ids: Vec<u32>,
+    /// Positions are indices into `token_ids`.
+    pub top_logprobs: TopLogprobs,
 }
 
-/// Has all `lessons` answered or scored, side by side; `done` is called after each. Entries beyond
-/// `min_prob_mass` of a position are left out.
+/// Has all `lessons` answered or scored, side by side. Those `journal` knows are not asked again, the others
+/// go into it one by one; `done` is called for each.
 ///
 /// # Errors
-/// [`TrainError::Teacher`] as the engine says, e.g. for a document that does not fit the context.
+/// [`TrainError::Teacher`] as the engine says, e.g. for a document that does not fit the context;
+/// [`TrainError::Io`] of the journal.
 pub fn teach(
     engine: &EngineHandle,
     lessons: &[Lesson],
     options: &TeacherOptions,
-    min_prob_mass: f32,
+    journal: &mut Journal,
     mut done: impl FnMut(),
-) -> Result<Vec<Taught>, TrainError> {
-    let mut taught = Vec::with_capacity(lessons.len());
-    let mut running: VecDeque<(usize, TokenStream)> = VecDeque::new();
-    let mut next = 0;
-    while taught.len() < lessons.len() {
-        while next < lessons.len() && running.len() < IN_FLIGHT {
-            running.push_back((next, engine.submit(request(&lessons[next], next, options))?));
-            next += 1;
-        }
-        let Some((index, stream)) = running.pop_front() else { break };
-        let lesson = &lessons[index];
-        let answer = match &lesson.answer {
-            Some(answer) => scored(stream, answer.len())?,
-            None => generated(stream)?,
+) -> Result<Vec<Answered>, TrainError> {
+    let missing: Vec<usize> =
+        (0..lessons.len()).filter(|&index| journal.answer(index).is_none()).collect();
+    (missing.len()..lessons.len()).for_each(|_| done());
+    let requests =
+        missing.into_iter().map(|index| (index, request(&lessons[index], index, options)));
+    let read = async |index: usize, stream| {
+        let tokens = match &lessons[index].answer {
+            Some(answer) => scored(stream, answer.len()).await?,
+            None => generated(stream).await?,
         };
-        taught.push(lesson.taught(&answer, min_prob_mass));
+        answered(&tokens, options.cut)
+    };
+    side_by_side(engine, requests, read, |index, answer| {
+        journal.add_answer(index, answer)?;
         done();
-    }
-    Ok(taught)
+        Ok(())
+    })?;
+    Ok((0..lessons.len()).filter_map(|index| journal.answer(index).cloned()).collect())
 }
 
 fn request(lesson: &Lesson, index: usize, options: &TeacherOptions) -> GenerateRequest {
@@ -100,12 +102,12 @@ fn request(lesson: &Lesson, index: usize, options: &TeacherOptions) -> GenerateR
     }
 }
 
-fn generated(mut stream: TokenStream) -> Result<Vec<SampledToken>, TrainError> {
+async fn generated(mut stream: TokenStream) -> Result<Vec<SampledToken>, EngineError> {
     let mut answer = Vec::new();
-    while let Some(event) = stream.blocking_next() {
+    while let Some(event) = stream.next().await {
         match event {
             Event::Token { token, .. } => answer.push(token),
-            Event::Failed(error) => return Err(error.into()),
+            Event::Failed(error) => return Err(error),
             Event::PromptDone { .. } | Event::Finished { .. } => {}
         }
     }
@@ -113,39 +115,43 @@ fn generated(mut stream: TokenStream) -> Result<Vec<SampledToken>, TrainError> {
 }
 
 /// The log-probabilities of the last `len` prompt tokens.
-fn scored(mut stream: TokenStream, len: usize) -> Result<Vec<SampledToken>, TrainError> {
+async fn scored(mut stream: TokenStream, len: usize) -> Result<Vec<SampledToken>, EngineError> {
     let mut scored = Vec::new();
-    while let Some(event) = stream.blocking_next() {
+    while let Some(event) = stream.next().await {
         match event {
             Event::PromptDone { logprobs, .. } => {
                 let start = logprobs.len() - len.min(logprobs.len());
                 scored = logprobs.into_iter().skip(start).flatten().collect();
             }
-            Event::Failed(error) => return Err(error.into()),
+            Event::Failed(error) => return Err(error),
             Event::Token { .. } | Event::Finished { .. } => {}
         }
     }
     Ok(scored)
 }
 
+fn answered(tokens: &[SampledToken], cut: MassCut) -> Result<Answered, EngineError> {
+    let split =
+        |token: &SampledToken| token.top.iter().map(|&(id, lp)| (i64::from(id), lp)).unzip();
+    let (ids, logprobs): (Vec<_>, Vec<_>) = tokens.iter().map(split).unzip();
+    let top = TopLogprobs::dense(&ids, &logprobs);
+    let top = top.map_err(|reason| EngineError::Internal(format!("a distribution {reason}")))?;
+    let token_ids = tokens.iter().map(|token| token.id).collect();
+    Ok(Answered { token_ids, top_logprobs: top.cut(cut) })
+}
+
 impl Lesson {
-    fn taught(&self, answer: &[SampledToken], min_prob_mass: f32) -> Taught {
-        let mut tokens = self.student_prompt.clone();
+    /// The student's sequence with the teacher's distributions as its targets.
+    pub fn element(&self, answer: &Answered, row: usize) -> Element {
+        let prompt = &self.student_prompt;
+        // The row before a token predicts it; a prompt is never empty.
+        let begin = prompt.len().saturating_sub(1) as u32;
         let mut targets = Targets::default();
-        for token in answer {
-            // The row before predicts this token.
-            let row = tokens.len().saturating_sub(1) as u32;
-            let mut mass = 0.0;
-            for (id, logprob) in &token.top {
-                if mass >= min_prob_mass {
-                    break;
-                }
-                let prob = logprob.exp();
-                targets.push(row, *id, prob);
-                mass += prob;
-            }
-            tokens.push(token.id);
+        for (position, id, logprob) in answer.top_logprobs.entries() {
+            targets.push(begin + position, id, logprob.exp());
         }
-        Taught { tokens, prompt_tokens: self.student_prompt.len(), targets }
+        let supervised = begin..begin + answer.token_ids.len() as u32;
+        let tokens = [&prompt[..], &answer.token_ids].concat();
+        Element { tokens, targets, supervised: vec![supervised], row }
     }
 }

@@ -56,8 +56,8 @@ pub struct StepReport {
 /// Learns [`Parameters`] from packs. Drive it with [`Self::step`]; between two calls everything may be saved.
 #[derive(Debug)]
 pub struct Trainer {
-    decoder: Decoder,
-    options: TrainerOptions,
+    pub(super) decoder: Decoder,
+    pub(super) options: TrainerOptions,
     packs: Vec<Pack>,
     /// Digest of the frozen weights when training began.
     weights: String,
@@ -142,7 +142,12 @@ impl Trainer {
     pub fn step(&mut self) -> Result<StepReport, TrainError> {
         let step = self.position.step;
         let mut pack = 0;
-        self.try_step(&mut pack).map_err(|e| TrainError::AtStep { step, pack, source: Box::new(e) })
+        self.try_step(&mut pack).map_err(|e| TrainError::AtStep {
+            step,
+            pack,
+            dataset_rows: rows_to_blame(&self.packs[pack], &e),
+            source: Box::new(e),
+        })
     }
 
     fn try_step(&mut self, at: &mut usize) -> Result<StepReport, TrainError> {
@@ -201,6 +206,17 @@ impl Trainer {
             self.order = (epoch, epoch_order(self.options.seed, epoch, self.packs.len()));
         }
         self.order.1[(count % packs) as usize]
+    }
+}
+
+/// The dataset rows of a pack an error can come from.
+pub(super) fn rows_to_blame(pack: &Pack, error: &TrainError) -> Vec<u32> {
+    let rows = &pack.dataset_rows;
+    match error {
+        TrainError::NonFiniteLoss { row } => {
+            rows.get(pack.sequence_of(*row)).copied().into_iter().collect()
+        }
+        _ => rows.clone(),
     }
 }
 

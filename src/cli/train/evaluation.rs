@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::lessons::{Document, demo_document};
+use super::document::{Document, demo_document};
 use super::options::usage;
 use crate::cartridge::{Cartridge, Lease};
 use crate::cli::CliError;

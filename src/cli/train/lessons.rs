@@ -1,147 +1,172 @@
 //! From a document and conversations to packs: prompts with and without the document, the teacher's
 //! answers, the student's sequences.
 
-use std::path::Path;
-
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Deserialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
+use super::conversations::{Asked, Conversations};
+use super::data_options::DataFlags;
+use super::document::Document;
 use super::options::{TargetsArg, TrainFlags, usage};
+use super::study;
 use crate::cli::CliError;
 use crate::cli::runtime::Runtime;
-use crate::demo;
 use crate::train::dataset::{
-    ChatFormat, Conversation, DatasetError, DatasetReader, Element, ElementBuilder, ElementOptions,
-    MassCut, Message, TargetMode,
+    ChatFormat, Conversation, DatasetError, Element, ElementBuilder, ElementOptions, Message,
+    TargetMode, write_jsonl,
 };
-use crate::train::{Lesson, Pack, PackPlan, Packing, Targets, teach};
+use crate::train::{Answered, Journal, Lesson, Pack, PackFile, PackPlan, Packing, Targets, teach};
 
-/// The text a cartridge is to stand for.
-pub struct Document {
-    pub name: String,
-    pub text: String,
-    /// All tokens of a chat's system message with the text.
-    pub tokens: Vec<u32>,
-    /// The last of them, those after the text.
-    pub closing: usize,
+/// A conversation to learn from, complete.
+pub struct Row {
+    /// In the file it is from, or of its question in self-study; from 1.
+    number: usize,
+    pub conversation: Conversation,
+    /// Of rows that the teacher answered or scored here.
+    taught: Option<(Lesson, Answered)>,
 }
 
-impl Document {
-    /// Reads a file, or `demo:NAME`.
-    pub fn read(runtime: &Runtime, from: &str) -> Result<Self, CliError> {
-        let (name, text) = match from.strip_prefix("demo:") {
-            Some(name) => (name.to_owned(), demo_document(name)?.text.to_owned()),
-            None => (stem(from), read(from)?),
-        };
-        let text = text.trim_end().to_owned();
-        if text.is_empty() {
-            return Err(usage(format!("{from} is empty")));
-        }
-        let system = json!({"role": "system", "content": text});
-        let rendered = runtime.render(std::slice::from_ref(&system), false)?;
-        let after = rendered.rfind(&text).map(|at| &rendered[at + text.len()..]);
-        let closing = runtime.model.tokenizer.encode(after.unwrap_or_default(), false)?.len();
-        let tokens = runtime.model.tokenizer.encode(&rendered, false)?;
-        Ok(Self { name, text, tokens, closing })
-    }
-}
-
-/// Packs of all conversations, with the teacher's distributions where a row has none of its own.
+/// The packs of `conversations`: made once and kept in `file`, together with the questions of self-study.
 pub fn packs(
     runtime: &Runtime,
     document: &Document,
+    conversations: &Conversations<'_>,
+    (data, flags): (&DataFlags, &TrainFlags),
+    file: &PackFile,
+) -> Result<Vec<Pack>, CliError> {
+    let data_source = source(runtime, document, conversations, data)?;
+    let of_packs = (flags.targets, flags.packed_seq_length, flags.packing_mode);
+    let source = format!("{data_source} {of_packs:?}");
+    if file.exists() {
+        file.check_source(&source)?;
+        return Ok(file.read()?);
+    }
+    let mut journal = Journal::open(&file.path().with_extension("journal.jsonl"), &data_source)?;
+    let rows = rows(runtime, document, conversations, data, &mut journal)?;
+    if conversations.is_self_study() {
+        let conversations: Vec<_> = rows.iter().map(|row| row.conversation.clone()).collect();
+        write_jsonl(&file.path().with_file_name("dataset.jsonl"), &conversations)?;
+    }
+    let elements = elements(runtime, data, flags, conversations.from(), &rows)?;
+    let packs = packed(&elements, data, flags)?;
+    file.write(&packs, &source)?;
+    journal.remove()?;
+    Ok(packs)
+}
+
+fn packed(
+    elements: &[Element],
+    data: &DataFlags,
     flags: &TrainFlags,
 ) -> Result<Vec<Pack>, CliError> {
-    let from = flags.conversations.as_deref().ok_or_else(|| {
-        usage("--conversations: which questions or conversations to learn from?".to_owned())
-    })?;
-    let limit = flags.limit.unwrap_or(usize::MAX);
-    let conversations: Vec<_> = match from.strip_prefix("demo:") {
-        Some(name) => demo_questions(name)?.into_iter().take(limit).collect(),
-        None => DatasetReader::open(Path::new(from))?.take(limit).collect::<Result<_, _>>()?,
-    };
-    let mut builder = None;
-    let mut elements = Vec::with_capacity(conversations.len());
-    let mut lessons = Vec::new();
-    for (row, conversation) in &conversations {
-        let bad = |error| DatasetError::Row { path: from.into(), row: *row, error };
-        if conversation.messages.iter().any(|message| message.top_logprobs.is_some()) {
-            if builder.is_none() {
-                builder = Some(element_builder(runtime, flags)?);
-            }
-            let element = builder.as_ref().map(|builder| builder.element(*row, conversation));
-            elements.extend(element.transpose().map_err(bad)?);
-        } else {
-            lessons.push((*row, lesson(runtime, document, conversation, from, *row)?));
-        }
-    }
-    elements.extend(taught(runtime, &lessons, flags)?);
     let packing = Packing {
         packed_seq_length: flags.packed_seq_length.unwrap_or(2048),
         mode: flags.packing_mode.unwrap_or_default(),
-        seed: flags.seed(),
+        seed: data.seed(),
     };
-    let plan = PackPlan::new(&elements, &packing)?;
+    let plan = PackPlan::new(elements, &packing)?;
     if plan.dropped + plan.cut > 0 {
         println!(
             "{} rows are cut at {} tokens, {} have nothing to learn and are left out",
             plan.cut, packing.packed_seq_length, plan.dropped
         );
     }
-    Ok((0..plan.len()).filter_map(|index| plan.pack(index, &elements)).collect())
+    Ok((0..plan.len()).filter_map(|index| plan.pack(index, elements)).collect())
 }
 
-/// Digest of all that decides what the packs of a run are: a run goes on only with the same.
-pub fn source(document: &Document, flags: &TrainFlags) -> Result<String, CliError> {
+/// Digest of all that decides what the rows are: what was begun goes on only with the same.
+pub fn source(
+    runtime: &Runtime,
+    document: &Document,
+    conversations: &Conversations<'_>,
+    data: &DataFlags,
+) -> Result<String, CliError> {
     let mut digest = Sha256::new();
-    let from = flags.conversations.as_deref().unwrap_or_default();
-    let conversations = match from.strip_prefix("demo:") {
-        Some(name) => demo_document(name)?.training_questions.as_bytes().to_vec(),
-        None => std::fs::read(from).map_err(|source| CliError::Io { path: from.into(), source })?,
-    };
-    for part in [document.text.as_bytes(), &conversations] {
+    let content = conversations.source(runtime, document, data)?;
+    let teacher = data.teacher(&runtime.model.eos_token_ids)?;
+    let options = format!("{:?} {teacher:?}", (&runtime.model.name, runtime.weight_bytes));
+    for part in [document.text.as_bytes(), &content, options.as_bytes()] {
         digest.update((part.len() as u64).to_le_bytes());
         digest.update(part);
     }
-    let f = flags;
-    let of_data = (f.targets, f.limit, f.top_logprobs, f.answer_tokens, f.packed_seq_length);
-    let more = (f.min_prob_mass, f.answer_temperature, f.packing_mode, f.seed());
-    digest.update(format!("{of_data:?} {more:?}"));
     Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// All conversations, with the teacher's distributions where a row has none of its own.
+pub fn rows(
+    runtime: &Runtime,
+    document: &Document,
+    conversations: &Conversations<'_>,
+    data: &DataFlags,
+    journal: &mut Journal,
+) -> Result<Vec<Row>, CliError> {
+    let from = conversations.from();
+    let asked = conversations.asked(runtime, document, data, journal)?;
+    let mut lessons = Vec::new();
+    for asked in asked.iter().filter(|asked| !has_logprobs(&asked.conversation)) {
+        lessons.push(lesson(runtime, asked, from, data)?);
+    }
+    let bar = bar(lessons.len(), "the teacher answers");
+    let teacher = data.teacher(&runtime.model.eos_token_ids)?;
+    let answers = teach(&runtime.engine, &lessons, &teacher, journal, || bar.inc(1))?;
+    bar.finish_and_clear();
+    let mut taught = lessons.into_iter().zip(answers);
+    let row = |asked: Asked<'_>| {
+        let Asked { number, mut conversation, .. } = asked;
+        let taught = if has_logprobs(&conversation) { None } else { taught.next() };
+        if let Some((lesson, answer)) = &taught {
+            let mut message = match lesson.answer {
+                Some(_) => conversation.messages.pop().unwrap_or_default(),
+                None => Message {
+                    role: "assistant".to_owned(),
+                    content: runtime.model.tokenizer.decode(&answer.token_ids, true)?,
+                    ..Message::default()
+                },
+            };
+            message.token_ids = Some(answer.token_ids.clone());
+            message.top_logprobs = Some(answer.top_logprobs.clone());
+            conversation.messages.push(message);
+        }
+        Ok(Row { number, conversation, taught })
+    };
+    asked.into_iter().map(row).collect()
+}
+
+fn has_logprobs(conversation: &Conversation) -> bool {
+    conversation.messages.iter().any(|message| message.top_logprobs.is_some())
 }
 
 /// What the teacher is to answer or score for a row without log-probabilities.
 fn lesson(
     runtime: &Runtime,
-    document: &Document,
-    conversation: &Conversation,
+    asked: &Asked<'_>,
     from: &str,
-    row: usize,
+    data: &DataFlags,
 ) -> Result<Lesson, CliError> {
-    let bad = |reason: &str| usage(format!("{from}: row {row}: {reason}"));
-    let messages: Vec<Value> = conversation
+    let bad = |reason: &str| usage(format!("{from}: row {}: {reason}", asked.number));
+    let messages: Vec<Value> = asked
+        .conversation
         .messages
         .iter()
         .map(|message| json!({"role": message.role, "content": message.content}))
         .collect();
-    let (asked, answered) = match messages.split_last() {
-        Some((last, asked)) if last["role"] == "assistant" => (asked, true),
+    let (question, answered) = match messages.split_last() {
+        Some((last, question)) if last["role"] == "assistant" => (question, true),
         _ => (&messages[..], false),
     };
-    if asked.last().is_none_or(|message| message["role"] != "user") {
+    if question.last().is_none_or(|message| message["role"] != "user") {
         return Err(bad("there is no user's message to answer"));
     }
-    let mut with_document = vec![json!({"role": "system", "content": document.text})];
-    with_document.extend_from_slice(asked);
-    let student_prompt = runtime.chat_prompt(asked, true)?;
+    let mut with_document = vec![json!({"role": "system", "content": asked.context})];
+    with_document.extend_from_slice(question);
+    let student_prompt = runtime.chat_prompt(question, true)?;
     let answer = match answered {
         false => None,
         true => {
             let whole =
                 runtime.model.tokenizer.encode(&runtime.render(&messages, false)?, false)?;
-            let plain = runtime.chat_prompt(asked, false)?;
+            let plain = runtime.chat_prompt(question, false)?;
             let answer = whole.strip_prefix(&plain[..]).ok_or_else(|| {
                 bad("the chat template writes an answer differently than it is asked for")
             })?;
@@ -152,89 +177,79 @@ fn lesson(
         }
     };
     let teacher_prompt = runtime.chat_prompt(&with_document, false)?;
+    let answer_tokens = answer.as_ref().map_or(data.answer_tokens()?, Vec::len);
+    let limit = study::context_limit(runtime);
+    if teacher_prompt.len() + answer_tokens > limit {
+        return Err(bad(&format!(
+            "with the document the teacher's prompt has {} tokens; with {answer_tokens} for the answer that \
+             exceeds the {limit} tokens a request may use; leave out --conversations, then self-study \
+             teaches from parts of the document",
+            teacher_prompt.len()
+        )));
+    }
     Ok(Lesson { teacher_prompt, student_prompt, answer })
 }
 
-fn taught(
+fn elements(
     runtime: &Runtime,
-    lessons: &[(usize, Lesson)],
+    data: &DataFlags,
     flags: &TrainFlags,
+    from: &str,
+    rows: &[Row],
 ) -> Result<Vec<Element>, CliError> {
-    let (rows, lessons): (Vec<usize>, Vec<Lesson>) = lessons.iter().cloned().unzip();
-    let bar = ProgressBar::new(lessons.len() as u64);
-    if let Ok(style) =
-        ProgressStyle::with_template("the teacher answers {wide_bar} {pos}/{len} {eta}")
-    {
-        bar.set_style(style);
+    let targets = flags.targets.unwrap_or_default();
+    let mut builder = None;
+    let mut elements = Vec::with_capacity(rows.len());
+    for Row { number, conversation, taught } in rows {
+        elements.push(match taught {
+            Some((lesson, answer)) => {
+                let mut element = lesson.element(answer, *number);
+                if targets == TargetsArg::Tokens {
+                    element.targets = Targets::default();
+                    for row in element.supervised.iter().cloned().flatten() {
+                        element.targets.push(row, element.tokens[row as usize + 1], 1.0);
+                    }
+                }
+                element
+            }
+            None => {
+                let builder = match &mut builder {
+                    Some(builder) => builder,
+                    none => none.insert(element_builder(runtime, data, targets)?),
+                };
+                builder.element(*number, conversation).map_err(|error| DatasetError::Row {
+                    path: from.into(),
+                    row: *number,
+                    error,
+                })?
+            }
+        });
     }
-    let teacher = flags.teacher(&runtime.model.eos_token_ids)?;
-    let taught = teach(&runtime.engine, &lessons, &teacher, flags.min_prob_mass()?, || bar.inc(1))?;
-    bar.finish_and_clear();
-    let by_tokens = flags.targets.unwrap_or_default() == TargetsArg::Tokens;
-    let elements = rows.into_iter().zip(taught).map(|(row, taught)| {
-        // The row before a token predicts it.
-        let supervised = taught.prompt_tokens as u32 - 1..taught.tokens.len() as u32 - 1;
-        let mut targets = taught.targets;
-        if by_tokens {
-            targets = Targets::default();
-            supervised.clone().for_each(|at| targets.push(at, taught.tokens[at as usize + 1], 1.0));
-        }
-        Element { tokens: taught.tokens, targets, row, supervised: vec![supervised] }
-    });
-    Ok(elements.collect())
+    Ok(elements)
 }
 
 /// Turns rows that hold log-probabilities into tokens and targets.
 fn element_builder<'a>(
     runtime: &'a Runtime,
-    flags: &TrainFlags,
+    data: &DataFlags,
+    targets: TargetsArg,
 ) -> Result<ElementBuilder<'a>, CliError> {
-    let mode = match flags.targets.unwrap_or_default() {
+    let mode = match targets {
         TargetsArg::Logits => TargetMode::Logits,
         TargetsArg::Tokens => TargetMode::Tokens,
     };
-    let cut = MassCut { min_prob_mass: f64::from(flags.min_prob_mass()?), ..MassCut::default() };
-    let options = ElementOptions { mode, cut, vocab: runtime.engine.info().vocab_size };
+    let options =
+        ElementOptions { mode, cut: data.cut()?, vocab: runtime.engine.info().vocab_size };
     let (tokenizer, template) = (&runtime.model.tokenizer, runtime.model.chat_template.as_ref());
     let format = ChatFormat::detect(tokenizer, template)
         .ok_or_else(|| usage(format!("model {} has no chat template", runtime.model.name)))?;
     Ok(ElementBuilder::new(tokenizer, format, options)?)
 }
 
-fn demo_questions(name: &str) -> Result<Vec<(usize, Conversation)>, CliError> {
-    #[derive(Deserialize)]
-    struct Row {
-        messages: Vec<Asked>,
+pub fn bar(count: usize, what: &'static str) -> ProgressBar {
+    let bar = ProgressBar::new(count as u64).with_message(what);
+    if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len} {eta}") {
+        bar.set_style(style);
     }
-    #[derive(Deserialize)]
-    struct Asked {
-        role: String,
-        content: String,
-    }
-    let lines = demo_document(name)?.training_questions.lines().enumerate();
-    lines
-        .map(|(i, line)| {
-            let row: Row = serde_json::from_str(line)
-                .map_err(|e| usage(format!("the built-in questions of {name}: {e}")))?;
-            let message =
-                |m: Asked| Message { role: m.role, content: m.content, ..Message::default() };
-            let messages = row.messages.into_iter().map(message).collect();
-            Ok((i + 1, Conversation { messages, ..Conversation::default() }))
-        })
-        .collect()
-}
-
-pub fn demo_document(name: &str) -> Result<&'static demo::Document, CliError> {
-    demo::DOCUMENTS.iter().find(|document| document.name == name).ok_or_else(|| {
-        let names: Vec<&str> = demo::DOCUMENTS.iter().map(|document| document.name).collect();
-        usage(format!("there is no demo document {name}; there are {}", names.join(", ")))
-    })
-}
-
-fn read(path: &str) -> Result<String, CliError> {
-    std::fs::read_to_string(path).map_err(|source| CliError::Io { path: path.into(), source })
-}
-
-fn stem(path: &str) -> String {
-    Path::new(path).file_stem().unwrap_or_default().to_string_lossy().into_owned()
+    bar
 }

@@ -1,40 +1,54 @@
 //! `cartouche train`: learn a cartridge for a document, evaluate it, publish it.
 
+pub(super) mod conversations;
+pub(super) mod data_options;
+pub(super) mod document;
 mod evaluation;
-mod lessons;
-mod options;
+mod held_out;
+mod learn;
+pub(super) mod lessons;
+pub(super) mod options;
 mod report;
+mod stop;
+mod study;
 
 use std::path::PathBuf;
 
 use candle_core::{DType, Device};
 use clap::Args;
 
-use self::evaluation::{Answerer, Evaluation};
-use self::lessons::Document;
-use self::options::{SaveDtype, Start, TrainFlags, usage};
-use self::report::Report;
+use self::conversations::Conversations;
+use self::data_options::DataFlags;
+use self::document::Document;
+use self::evaluation::Evaluation;
+use self::held_out::HeldOutPacks;
+use self::learn::Course;
+use self::options::{Start, TrainFlags, usage};
 use super::CliError;
 use super::config::ConfigFile;
 use super::runtime::{Runtime, RuntimeOptions};
 use crate::cartridge::{
-    Cartridge, LayerKv, Provenance, read_cartridge, write_config_yaml, write_safetensors,
+    Cartridge, LayerKv, Provenance, read_cartridge, validate, write_config_yaml, write_safetensors,
 };
 use crate::limits;
 use crate::train::{self, Parameters, RunDir, Trainer};
 
 /// Learn a small cartridge that answers like a long document
 ///
-/// The model itself is the teacher: with the document in its prompt it answers the questions, and the
-/// cartridge learns to answer alike without it. A run that was stopped goes on where it was saved last.
+/// The model itself is the teacher: it asks itself questions about the document (or takes yours, with
+/// --conversations), answers them with the document in its prompt, and the cartridge learns to answer alike
+/// without it. A run that was stopped goes on where it was.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:
+#[command(after_help = "Examples:
+  cartouche train --model ./instruct-model --document notes.txt --publish notes
   cartouche train --document demo:harbour-log --conversations demo:harbour-log \\
     --questions demo:harbour-log --publish harbour-small")]
 pub struct TrainArgs {
     /// YAML file with any of the options below, written with _ for - (flags win)
     #[arg(long)]
     config: Option<PathBuf>,
+    #[command(flatten)]
+    data: DataFlags,
     #[command(flatten)]
     train: TrainFlags,
     #[command(flatten)]
@@ -45,16 +59,16 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     let file = ConfigFile::read(args.config.as_deref())?;
     let known = [
         serde_json::to_value(RuntimeOptions::default()),
+        serde_json::to_value(DataFlags::default()),
         serde_json::to_value(TrainFlags::default()),
     ];
     file.check_keys(&known.map(|value| value.unwrap_or_default()))?;
     let (flags, options) = (file.complete(&args.train)?, file.complete(&args.runtime)?);
+    let data: DataFlags = file.complete(&args.data)?;
     // Wrong values are told before the model is loaded.
-    flags.trainer(1)?;
-    let from = flags
-        .document
-        .as_deref()
-        .ok_or_else(|| usage("--document: which text is the cartridge to stand for?".to_owned()))?;
+    flags.trainer(1, data.seed())?;
+    data.check()?;
+    let from = data.document()?;
     options.set_threads()?;
     train::keep_freed_memory();
     let runtime = options.start()?;
@@ -62,11 +76,22 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     let run_dir =
         flags.run_dir.clone().unwrap_or_else(|| PathBuf::from("runs").join(&document.name));
     let run_dir = RunDir::open(&run_dir, flags.keep_last_n_saved.unwrap_or(2))?;
-    let mut trainer = trainer(&runtime, &document, &flags, &run_dir)?;
+    let max_tokens = data.answer_tokens()?;
+    let questions = flags.questions.as_deref();
+    let questions = questions.map(|from| Evaluation::read(&runtime, &document, from, max_tokens));
+    let course = Course {
+        runtime: &runtime,
+        flags: &flags,
+        run_dir: &run_dir,
+        facts: facts(&runtime, &document),
+        questions: questions.transpose()?,
+        held_out: HeldOutPacks::prepare(&runtime, &document, &data, &flags, &run_dir)?,
+    };
+    let mut trainer = trainer(&runtime, &document, &data, &flags, &run_dir)?;
     if run_dir.resume(&mut trainer)? {
         println!("going on after update {}", trainer.position().step);
     }
-    let cartridge = learn(&runtime, &document, &flags, &run_dir, &mut trainer)?;
+    let cartridge = course.run(&mut trainer)?;
     trainer.check_weights()?;
     if let Some(id) = &flags.publish {
         let dir = options.cartridge_dir.unwrap_or_else(|| PathBuf::from("cartridges"));
@@ -75,26 +100,19 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-/// The run as it begins: its packs, made once and kept, and its start.
+/// The run as it begins: its packs and its start.
 fn trainer(
     runtime: &Runtime,
     document: &Document,
+    data: &DataFlags,
     flags: &TrainFlags,
     run_dir: &RunDir,
 ) -> Result<Trainer, CliError> {
-    let source = lessons::source(document, flags)?;
-    let packs = match run_dir.has_packs() {
-        true => {
-            run_dir.check_source(&source)?;
-            run_dir.read_packs()?
-        }
-        false => {
-            let packs = lessons::packs(runtime, document, flags)?;
-            run_dir.write_packs(&packs, &source)?;
-            packs
-        }
-    };
-    let start = start(runtime, document, flags)?;
+    let conversations = Conversations::to_learn(data);
+    let file = run_dir.packs();
+    let packs = lessons::packs(runtime, document, &conversations, (data, flags), &file)?;
+    let is_resumed = !run_dir.saved_steps()?.is_empty();
+    let start = start(runtime, document, flags, data.seed(), is_resumed)?;
     let frozen = flags.num_frozen_tokens.unwrap_or(1);
     let parameters = Parameters::new(&start, frozen)?;
     println!(
@@ -106,106 +124,38 @@ fn trainer(
         packs.len(),
         packs.iter().map(|pack| pack.targets.supervised_rows()).sum::<usize>(),
     );
-    let options = flags.trainer(packs.len())?;
+    let options = flags.trainer(packs.len(), data.seed())?;
     Ok(Trainer::new(runtime.decoder.clone(), parameters, packs, options)?)
 }
 
+/// What a run begins with. One that `is_resumed` takes its numbers from the checkpoint: here it gets only
+/// their shape.
 fn start(
     runtime: &Runtime,
     document: &Document,
     flags: &TrainFlags,
+    seed: u64,
+    is_resumed: bool,
 ) -> Result<Vec<LayerKv>, CliError> {
     let tokens = flags.tokens.unwrap_or_else(|| document.tokens.len().div_ceil(20).max(2));
     let decoder = &runtime.decoder;
     Ok(match flags.initializer.unwrap_or_default() {
+        Start::Text if is_resumed => train::random(decoder.config().kv_shape(), tokens, 0.0, 0)?,
         Start::Text => train::from_text(decoder, &document.tokens, document.closing, tokens)?,
         Start::Random => {
             let scale = flags.init_scale.unwrap_or(1.0);
-            train::random(decoder.config().kv_shape(), tokens, scale, flags.seed())?
+            train::random(decoder.config().kv_shape(), tokens, scale, seed)?
         }
         Start::Cartridge => {
             let path = flags.init_cartridge.as_deref().ok_or_else(|| {
                 usage("--initializer cartridge needs --init-cartridge FILE".to_owned())
             })?;
             let cartridge = read_cartridge(path, limits::DEFAULT_MAX_CARTRIDGE_FILE_BYTES)?;
+            let shape = decoder.config().kv_shape();
+            validate(&cartridge, &shape).map_err(|e| e.named(&path.display().to_string()))?;
             cartridge.to(&Device::Cpu, DType::F32)?.layers().to_vec()
         }
     })
-}
-
-/// Trains to the end, saving and evaluating on the way.
-fn learn(
-    runtime: &Runtime,
-    document: &Document,
-    flags: &TrainFlags,
-    run_dir: &RunDir,
-    trainer: &mut Trainer,
-) -> Result<Cartridge, CliError> {
-    let dtype = match flags.save_dtype.unwrap_or_default() {
-        SaveDtype::F32 => DType::F32,
-        SaveDtype::F16 => DType::F16,
-        SaveDtype::Bf16 => DType::BF16,
-    };
-    let facts = facts(runtime, document);
-    let mut report = Report::open(run_dir.path(), trainer.position().step, trainer.max_steps())?;
-    let max_tokens = flags.answer_tokens.unwrap_or(256);
-    let evaluation = flags.questions.as_deref();
-    let evaluation =
-        evaluation.map(|from| Evaluation::read(runtime, document, from, max_tokens)).transpose()?;
-    if let Some(evaluation) = &evaluation {
-        for (name, who) in [("teacher", Answerer::Teacher), ("no cartridge", Answerer::NoCartridge)]
-        {
-            score(runtime, evaluation, name, who, trainer.position().step, &mut report)?;
-        }
-    }
-    let every = |n: Option<u64>, default| n.unwrap_or(default).max(1);
-    let save_every = every(flags.save_every_n_steps, 100);
-    let evaluate_every = flags.generate_eval_every_n_steps.unwrap_or(0);
-    let cartridge = |trainer: &Trainer| trainer.parameters().cartridge(dtype, facts.clone());
-    let score_now = |trainer: &Trainer, report: &mut Report| match &evaluation {
-        Some(evaluation) => {
-            let (step, cartridge) = (trainer.position().step, cartridge(trainer)?);
-            let who = Answerer::Student(&cartridge);
-            score(runtime, evaluation, "cartridge", who, step, report)
-        }
-        None => Ok(()),
-    };
-    score_now(trainer, &mut report)?;
-    while !trainer.is_done() {
-        let step = trainer.step()?;
-        report.step(&step)?;
-        let step = step.position.step;
-        if step % save_every == 0 || trainer.is_done() {
-            run_dir.save(trainer, dtype, facts.clone())?;
-        }
-        if trainer.is_done() || (evaluate_every > 0 && step % evaluate_every == 0) {
-            score_now(trainer, &mut report)?;
-        }
-    }
-    report.finish()?;
-    let cartridge = cartridge(trainer)?;
-    println!(
-        "{} updates; {} ({} tokens, {} bytes, generation {})",
-        trainer.position().step,
-        run_dir.path().join("cache_last.pt").display(),
-        cartridge.tokens(),
-        cartridge.bytes(),
-        cartridge.generation().short()
-    );
-    Ok(cartridge)
-}
-
-fn score(
-    runtime: &Runtime,
-    evaluation: &Evaluation,
-    name: &str,
-    who: Answerer<'_>,
-    step: u64,
-    report: &mut Report,
-) -> Result<(), CliError> {
-    let score = evaluation.score(runtime, who)?;
-    report.say(&format!("update {step:>5}  {name:<12}  {:5.1}% exact answers", 100.0 * score));
-    report.write(&Evaluation::metrics(step, who, score))
 }
 
 fn facts(runtime: &Runtime, document: &Document) -> Provenance {

@@ -1,14 +1,14 @@
 //! The options of `cartouche train`, as flags and as lines of its YAML file.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::CliError;
 use crate::train::{
-    AdamOptions, Decay, Normalizer, PackingMode, Schedule, StepOptions, TeacherOptions,
-    TrainerOptions,
+    AdamOptions, Decay, Normalizer, PackingMode, Schedule, StepOptions, TrainerOptions,
 };
 
 /// Where learning starts.
@@ -48,22 +48,24 @@ pub enum SaveDtype {
 
 /// Declares options that a flag or a line of the file may set; neither sets them to begin with.
 macro_rules! flags {
-    ($($(#[$meta:meta])* $name:ident: $type:ty,)*) => {
-        /// What `cartouche train` learns, from what, and how.
+    ($(#[$outer:meta])* $heading:literal $struct:ident { $($(#[$meta:meta])* $name:ident: $type:ty,)* }) => {
+        $(#[$outer])*
         #[derive(Debug, Default, Args, Serialize, Deserialize)]
-        #[command(next_help_heading = "Training")]
-        pub struct TrainFlags { $($(#[$meta])* #[arg(long)] pub $name: Option<$type>,)* }
+        #[command(next_help_heading = $heading)]
+        pub struct $struct { $($(#[$meta])* #[arg(long)] pub $name: Option<$type>,)* }
     };
 }
+pub(super) use flags;
 
 flags! {
-    /// Text file the cartridge is to stand for, or `demo:NAME` for a document of the demo model
-    document: String,
-    /// Questions or conversations: .jsonl or .parquet, or `demo:NAME`. The teacher answers what has no
-    /// answer and scores what has no log-probabilities
-    conversations: String,
-    /// Conversations to take at most, from the beginning [default: all]
-    limit: usize,
+    /// How a cartridge learns, and where it goes.
+    "Training"
+    TrainFlags {
+    /// Held-out conversations to measure the loss on: .jsonl or .parquet, or `demo:NAME` for the demo's
+    /// held-out questions. The same teacher answers or scores them, once
+    eval_conversations: String,
+    /// Held-out conversations to take at most, from the beginning [default: all]
+    eval_limit: usize,
     /// Held-out questions with exact answers, a JSON file like those of the demo, or `demo:NAME`
     questions: String,
     /// Tokens of the cartridge [default: a twentieth of the document's]
@@ -73,19 +75,12 @@ flags! {
     /// Where learning starts [default: text]
     initializer: Start,
     /// Standard deviation of random numbers to start from [default: 1, as the original trainers]
+    #[arg(value_parser = finite::<f32>)]
     init_scale: f32,
     /// Cartridge file to start from, with --initializer cartridge
     init_cartridge: PathBuf,
     /// Learn the teacher's distributions or its tokens [default: logits]
     targets: TargetsArg,
-    /// Keep the likeliest tokens of each position up to this probability [default: 0.99]
-    min_prob_mass: f32,
-    /// Alternatives per token the teacher gives at most [default: 20]
-    top_logprobs: usize,
-    /// Tokens of an answer of the teacher at most [default: 256]
-    answer_tokens: usize,
-    /// Temperature of the teacher's answers [default: 0]
-    answer_temperature: f32,
     /// Tokens of a pack [default: 2048]
     packed_seq_length: usize,
     /// What to do with a sequence that does not fit a pack any more [default: pad]
@@ -97,29 +92,37 @@ flags! {
     /// Updates at most [default: as the epochs give]
     max_optimizer_steps: u64,
     /// Learning rate [default: 2e-2]
+    #[arg(value_parser = finite::<f64>)]
     lr: f64,
     /// How it falls after the warm-up [default: constant]
     lr_schedule: Decay,
     /// Updates over which it rises [default: 0]
     warmup_steps: u64,
     /// Where it rises from [default: 0]
+    #[arg(value_parser = finite::<f64>)]
     warmup_min_lr: f64,
     /// Where it falls to, as a fraction of --lr [default: 0.1]
+    #[arg(value_parser = finite::<f64>)]
     alpha_f: f64,
+    /// Learning rates as the original trainers' schedules give them: one update late, the first at --lr
+    /// [default: false]
+    #[arg(num_args = 0..=1, default_missing_value = "true")]
+    parity_schedule: bool,
     /// Weight decay as torch's Adam has it [default: 0]
+    #[arg(value_parser = finite::<f64>)]
     weight_decay: f64,
     /// Clip the gradient to this norm [default: not]
+    #[arg(value_parser = finite::<f64>)]
     max_grad_norm: f64,
     /// Divide the loss of a pack by its supervised tokens, or by its entries as the original trainer
     /// [default: tokens]
     loss_normalizer: Normalizer,
     /// Temperature of the student's distribution [default: 1]
+    #[arg(value_parser = finite::<f32>)]
     loss_temperature: f32,
     /// Keep one layer's activations in memory instead of all and compute the others again
     /// [default: false]
     recompute: bool,
-    /// Order of the data, random starts and sampling [default: 42]
-    seed: u64,
     /// Folder of the run; a run that was begun there goes on [default: runs/ and the document's name]
     run_dir: PathBuf,
     /// Updates between checkpoints [default: 100]
@@ -128,14 +131,17 @@ flags! {
     keep_last_n_saved: usize,
     /// Type of the stored cartridge [default: f32]
     save_dtype: SaveDtype,
+    /// Updates between measurements with --eval-conversations; 0: only before and after [default: 0]
+    loss_eval_every_n_steps: u64,
     /// Updates between evaluations with --questions; 0: only before and after [default: 0]
     generate_eval_every_n_steps: u64,
     /// Id to publish the cartridge under in --cartridge-dir; a running server takes it up
     publish: String,
+    }
 }
 
 impl TrainFlags {
-    pub fn trainer(&self, packs: usize) -> Result<TrainerOptions, CliError> {
+    pub fn trainer(&self, packs: usize, seed: u64) -> Result<TrainerOptions, CliError> {
         let global_batch_size =
             at_least_1("global_batch_size", self.global_batch_size.unwrap_or(1))?;
         let epochs = self.epochs.unwrap_or(5);
@@ -150,6 +156,7 @@ impl TrainFlags {
                 warmup_min_lr: self.warmup_min_lr.unwrap_or(0.0),
                 alpha_f: self.alpha_f.unwrap_or(0.1),
                 max_steps,
+                parity: self.parity_schedule.unwrap_or(false),
             },
             adam: AdamOptions {
                 weight_decay: self.weight_decay.unwrap_or(adam.weight_decay),
@@ -158,7 +165,7 @@ impl TrainFlags {
             },
             global_batch_size,
             step: self.step()?,
-            seed: self.seed(),
+            seed,
         })
     }
 
@@ -171,27 +178,13 @@ impl TrainFlags {
             recompute: self.recompute.unwrap_or(false),
         })
     }
+}
 
-    pub fn teacher(&self, stop_token_ids: &[u32]) -> Result<TeacherOptions, CliError> {
-        Ok(TeacherOptions {
-            top: at_least_1("top_logprobs", self.top_logprobs.unwrap_or(20))?,
-            max_tokens: at_least_1("answer_tokens", self.answer_tokens.unwrap_or(256))?,
-            temperature: self.answer_temperature.unwrap_or(0.0),
-            seed: self.seed(),
-            stop_token_ids: stop_token_ids.to_vec(),
-        })
-    }
-
-    pub fn min_prob_mass(&self) -> Result<f32, CliError> {
-        let mass = self.min_prob_mass.unwrap_or(0.99);
-        match mass > 0.0 && mass <= 1.0 {
-            true => Ok(mass),
-            false => Err(usage(format!("min_prob_mass {mass} must be above 0 and at most 1"))),
-        }
-    }
-
-    pub fn seed(&self) -> u64 {
-        self.seed.unwrap_or(42)
+/// A number that is neither infinite nor NaN: a YAML file could not hold those either.
+pub fn finite<T: FromStr + Into<f64> + Copy>(text: &str) -> Result<T, String> {
+    match text.parse::<T>() {
+        Ok(number) if number.into().is_finite() => Ok(number),
+        _ => Err("must be a number".to_owned()),
     }
 }
 
@@ -199,7 +192,7 @@ pub fn usage(message: String) -> CliError {
     CliError::Usage(message)
 }
 
-fn at_least_1(name: &str, value: usize) -> Result<usize, CliError> {
+pub fn at_least_1(name: &str, value: usize) -> Result<usize, CliError> {
     if value == 0 { Err(usage(format!("{name} must be at least 1"))) } else { Ok(value) }
 }
 

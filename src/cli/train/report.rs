@@ -19,7 +19,9 @@ pub struct Report {
     bar: ProgressBar,
     started: Instant,
     tokens: u64,
+    /// After each update, and on held-out conversations: (update, loss).
     losses: Vec<(f64, f64)>,
+    held_out: Vec<(f64, f64)>,
 }
 
 impl Report {
@@ -33,7 +35,7 @@ impl Report {
             Err(e) => return Err(io(e)),
         };
         let mut kept = String::new();
-        let mut losses = Vec::new();
+        let (mut losses, mut held_out) = (Vec::new(), Vec::new());
         for line in old.lines() {
             // A line that was cut short by a kill is no JSON and belongs to a later step.
             let Ok(value) = serde_json::from_str::<Value>(line) else { continue };
@@ -42,6 +44,9 @@ impl Report {
             };
             if let Some(loss) = value["train/loss"].as_f64() {
                 losses.push((at as f64, loss));
+            }
+            if let Some(loss) = held_out_loss(&value) {
+                held_out.push((at as f64, loss));
             }
             kept.push_str(line);
             kept.push('\n');
@@ -56,7 +61,7 @@ impl Report {
             bar.set_style(style);
         }
         bar.reset_eta();
-        Ok(Self { path, metrics, bar, started: Instant::now(), tokens: 0, losses })
+        Ok(Self { path, metrics, bar, started: Instant::now(), tokens: 0, losses, held_out })
     }
 
     /// One update.
@@ -89,6 +94,17 @@ impl Report {
         }))
     }
 
+    /// One measurement on held-out conversations.
+    pub fn held_out(&mut self, step: u64, value: &Value) -> Result<(), CliError> {
+        self.held_out.extend(held_out_loss(value).map(|loss| (step as f64, loss)));
+        self.write(value)
+    }
+
+    /// Whether the log has the measurement after `step` updates: a run that goes on need not repeat it.
+    pub fn has_held_out(&self, step: u64) -> bool {
+        self.held_out.iter().any(|(at, _)| *at == step as f64)
+    }
+
     /// Says something without breaking the bar.
     pub fn say(&self, line: &str) {
         self.bar.suspend(|| println!("{line}"));
@@ -104,21 +120,31 @@ impl Report {
     pub fn finish(&mut self) -> Result<(), CliError> {
         self.bar.finish_and_clear();
         let path = self.path.with_file_name("loss.html");
-        let last = self.losses.last().map_or(1.0, |point| point.0);
+        let points = self.losses.iter().chain(&self.held_out);
+        let last = points.fold(1.0, |last: f64, point| last.max(point.0));
         let ticks: Vec<f64> = (0..=5).map(|i| (last * f64::from(i) / 5.0).round()).collect();
-        let series = Series {
-            name: "loss".to_owned(),
-            style: 0,
-            dashed: false,
-            points: thinned(&self.losses),
-        };
+        let lines = [("loss", &self.losses), ("loss on held-out conversations", &self.held_out)];
+        let lines = lines.iter().filter(|(_, points)| !points.is_empty());
+        let (mut legend, mut series) = (String::new(), Vec::new());
+        for (style, (name, points)) in lines.enumerate() {
+            legend += &format!("<span><i class=\"s{style}\"></i>{name}</span>");
+            let points = thinned(points);
+            series.push(Series { name: (*name).to_owned(), style, dashed: false, points });
+        }
         let page = format!(
-            "<!doctype html>\n<meta charset=\"utf-8\">\n<title>Loss</title>\n<style>\n{}</style>\n{}",
+            "<!doctype html>\n<meta charset=\"utf-8\">\n<title>Loss</title>\n<style>\n{}</style>\n\
+             <p class=\"legend\">{legend}</p>\n{}",
             include_str!("../../bench/page.css"),
-            chart("update", "loss", &ticks, &[series])
+            chart("update", "loss", &ticks, &series)
         );
         std::fs::write(&path, page).map_err(|source| CliError::Io { path, source })
     }
+}
+
+/// The value of `eval_{name}/loss`, if the line has one.
+fn held_out_loss(line: &Value) -> Option<f64> {
+    let is_loss = |name: &str| name.starts_with("eval_") && name.ends_with("/loss");
+    line.as_object()?.iter().find(|(name, _)| is_loss(name))?.1.as_f64()
 }
 
 /// Means over equal stretches, so that a long run is no larger a page than a short one.

@@ -1,6 +1,6 @@
 //! Attention of new tokens over segments: cartridges first, then the sequence's own earlier tokens.
 //!
-//! [`segment_attention`] serves, forward only. [`prefix_attention`] trains: one prefix, whole sequences, and
+//! [`segment_attention`] serves, forward only. [`PackedAttention`] trains: one prefix, whole sequences, and
 //! a backward.
 //!
 //! In serving, softmax is accumulated tile by tile with a running maximum and sum, which merges segments exactly (the
@@ -12,10 +12,11 @@ mod cpu;
 mod packed;
 mod packed_cpu;
 mod packed_plan;
+mod packed_rows;
 mod tile;
 
 pub use cpu::{Heads, KvRun, SequenceQueries, segment_attention};
-pub use packed::{packed_attention, prefix_attention};
+pub use packed::{LogSums, PackedAttention, PackedGradients, PackedKv};
 pub use tile::KEY_LANES;
 
 #[cfg(test)]

@@ -1,132 +1,115 @@
-//! Attention of packed sequences over a shared prefix and their own earlier tokens, with a backward: what
+//! Attention of packed sequences over a shared prefix and their own earlier tokens, and its gradient: what
 //! training needs.
 //!
-//! Keys and values of prefix and sequences lie in one tensor each, because candle's operations take three
-//! arguments. Nothing of the size of tokens by tokens exists: the forward keeps one number per row and
-//! head, and the backward computes the scores again, tile by tile (FlashAttention's scheme).
+//! Nothing of the size of tokens by tokens exists: the forward keeps one number per row and head, and the
+//! backward computes the scores again, tile by tile (FlashAttention's scheme).
 
-use std::sync::OnceLock;
-
-use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{Device, Result, Tensor};
 
 use super::Heads;
 use super::packed_cpu::{self, Inputs};
 use super::packed_plan::Plan;
-use crate::ops::{contiguous_f32, with_f32};
+use crate::ops::Numbers;
 
-/// `softmax(scale · q kᵀ) v` per row and head, over the whole prefix and the row's own sequence up to and
+/// `softmax(scale · q kᵀ) v` per row and head, over a whole prefix and the row's own sequence up to and
 /// including itself. On the CPU in f32.
 ///
-/// `q` `[tokens, heads, head_dim]`, `k` and `v` `[tokens, kv_heads, head_dim]`; the prefix's keys and values
-/// are `[kv_heads, prefix, head_dim]`. Sequence `i` is the rows `cu_seqlens[i] .. cu_seqlens[i + 1]`. Query
-/// head `h` uses KV head `h / (heads / kv_heads)`. The gradient reaches all five tensors and has the same
-/// bits whatever the number of threads.
-pub fn prefix_attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    prefix_keys: &Tensor,
-    prefix_values: &Tensor,
-    cu_seqlens: &[u32],
-    scale: f32,
-) -> Result<Tensor> {
-    let join = |prefix: &Tensor, own: &Tensor| Tensor::cat(&[prefix, &own.transpose(0, 1)?], 1);
-    attend(q, &join(prefix_keys, k)?, &join(prefix_values, v)?, cu_seqlens, scale)
-}
-
-/// [`prefix_attention`] without a prefix.
-pub fn packed_attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    cu_seqlens: &[u32],
-    scale: f32,
-) -> Result<Tensor> {
-    attend(q, &k.transpose(0, 1)?, &v.transpose(0, 1)?, cu_seqlens, scale)
-}
-
-/// `k` and `v` are `[kv_heads, prefix + tokens, head_dim]`.
-fn attend(q: &Tensor, k: &Tensor, v: &Tensor, cu_seqlens: &[u32], scale: f32) -> Result<Tensor> {
-    let (tokens, heads, head_dim) = q.dims3()?;
-    let (kv_heads, all, key_dim) = k.dims3()?;
-    if k.dims() != v.dims() || key_dim != head_dim || all < tokens {
-        candle_core::bail!(
-            "prefix attention: keys {:?} and values {:?} for queries {:?}",
-            k.dims(),
-            v.dims(),
-            q.dims()
-        );
-    }
-    if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
-        candle_core::bail!("prefix attention: {heads} heads over {kv_heads} KV heads");
-    }
-    let heads = Heads { heads, kv_heads, head_dim };
-    let plan = Plan::new(cu_seqlens, tokens, all - tokens, heads)?;
-    let op = PackedAttention { plan, heads, scale, log_sums: OnceLock::new() };
-    q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
-}
-
-struct PackedAttention {
+/// `q` is `[queries, heads, head_dim]`, `k` and `v` `[tokens, kv_heads, head_dim]`; the prefix's keys and values
+/// are `[kv_heads, prefix, head_dim]`. Query head `h` uses KV head `h / (heads / kv_heads)`.
+#[derive(Debug)]
+pub struct PackedAttention {
     plan: Plan,
     heads: Heads,
     scale: f32,
-    /// Of the forward, for the backward: per task the logarithm of each row's softmax denominator.
-    log_sums: OnceLock<Vec<Vec<f32>>>,
+}
+
+/// What attention is computed from, apart from the queries.
+#[derive(Debug, Clone, Copy)]
+pub struct PackedKv<'a> {
+    pub k: &'a Tensor,
+    pub v: &'a Tensor,
+    /// Keys and values.
+    pub prefix: Option<(&'a Tensor, &'a Tensor)>,
+}
+
+/// Of a forward, for its backward: per task the logarithm of each row's softmax denominator.
+#[derive(Debug, Clone)]
+pub struct LogSums(Vec<Vec<f32>>);
+
+/// Gradients, each laid out like its tensor.
+#[derive(Debug)]
+pub struct PackedGradients {
+    pub prefix_keys: Vec<f32>,
+    pub prefix_values: Vec<f32>,
+    /// Of `q`, `k` and `v`, if they were asked for.
+    pub own: Option<[Vec<f32>; 3]>,
 }
 
 impl PackedAttention {
-    fn inputs<'a>(&'a self, q: &'a [f32], k: &'a [f32], v: &'a [f32]) -> Inputs<'a> {
-        Inputs { plan: &self.plan, heads: self.heads, scale: self.scale, q, k, v }
-    }
-}
-
-impl CustomOp3 for PackedAttention {
-    fn name(&self) -> &'static str {
-        "prefix_attention"
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let q = contiguous_f32(self.name(), s1, l1)?;
-        let k = contiguous_f32(self.name(), s2, l2)?;
-        let v = contiguous_f32(self.name(), s3, l3)?;
-        let (out, log_sums) = packed_cpu::forward(&self.inputs(q, k, v));
-        // The op is made for one call; a second would store the same numbers.
-        let _ = self.log_sums.set(log_sums);
-        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    /// Sequence `i` is the tokens `cu_seqlens[i] .. cu_seqlens[i + 1]`; `queries` are the tokens, ascending,
+    /// whose output is wanted.
+    pub fn new(cu_seqlens: &[u32], queries: &[u32], heads: Heads, scale: f32) -> Result<Self> {
+        if heads.kv_heads == 0 || !heads.heads.is_multiple_of(heads.kv_heads) {
+            let Heads { heads, kv_heads, .. } = heads;
+            candle_core::bail!("prefix attention: {heads} heads over {kv_heads} KV heads");
+        }
+        Ok(Self { plan: Plan::new(cu_seqlens, queries, heads)?, heads, scale })
     }
 
-    fn bwd(
+    /// The output like `q`, and what [`Self::backward`] needs of this pass.
+    pub fn forward(&self, q: &Tensor, kv: PackedKv<'_>) -> Result<(Tensor, LogSums)> {
+        let (shape, numbers) = (q.shape().clone(), self.numbers(q, kv)?);
+        let (out, log_sums) = packed_cpu::forward(&self.inputs(&numbers)?);
+        Ok((Tensor::from_vec(out, shape, &Device::Cpu)?, LogSums(log_sums)))
+    }
+
+    /// The gradients, given `grad` with respect to the output `out` of [`Self::forward`]; those of `q`, `k`
+    /// and `v` if `own` says so. They have the same bits whatever the number of threads.
+    pub fn backward(
         &self,
         q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        out: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let Some(log_sums) = self.log_sums.get() else {
-            candle_core::bail!("prefix attention: a gradient without a forward pass");
+        kv: PackedKv<'_>,
+        (out, log_sums): (&Tensor, &LogSums),
+        grad: &[f32],
+        own: bool,
+    ) -> Result<PackedGradients> {
+        let numbers = self.numbers(q, kv)?;
+        let (inputs, out) = (self.inputs(&numbers)?, Numbers::of(out)?);
+        if out.len() != inputs.q.len() || grad.len() != out.len() {
+            candle_core::bail!("prefix attention: a gradient of {} for {}", grad.len(), out.len());
+        }
+        Ok(packed_cpu::backward(&inputs, &log_sums.0, &out, grad, own))
+    }
+
+    /// Of `q`, `k`, `v` and the prefix's keys and values.
+    fn numbers<'a>(&self, q: &'a Tensor, kv: PackedKv<'a>) -> Result<[Option<Numbers<'a>>; 5]> {
+        let Heads { heads, kv_heads, head_dim } = self.heads;
+        let fits = q.dims() == [self.plan.positions.len(), heads, head_dim]
+            && [kv.k, kv.v].iter().all(|t| t.dims() == [self.plan.tokens, kv_heads, head_dim]);
+        let prefix = kv.prefix.is_none_or(|(keys, values)| {
+            let (heads, _, dim) = keys.dims3().unwrap_or_default();
+            (heads, dim) == (kv_heads, head_dim) && keys.dims() == values.dims()
+        });
+        if !fits || !prefix {
+            let (q, k, v) = (q.dims(), kv.k.dims(), kv.v.dims());
+            let prefix = kv.prefix.map(|(keys, values)| (keys.dims(), values.dims()));
+            candle_core::bail!(
+                "prefix attention: queries {q:?}, keys {k:?}, values {v:?}, prefix {prefix:?}"
+            );
+        }
+        let of = |tensor| Numbers::of(tensor).map(Some);
+        let (keys, values) = match kv.prefix {
+            Some((keys, values)) => (of(keys)?, of(values)?),
+            None => (None, None),
         };
-        let (dq, dk, dv) = with_f32(q, |q| {
-            with_f32(k, |k| {
-                with_f32(v, |v| {
-                    with_f32(out, |out| {
-                        with_f32(grad, |grad| {
-                            Ok(packed_cpu::backward(&self.inputs(q, k, v), log_sums, out, grad))
-                        })
-                    })
-                })
-            })
-        })?;
-        let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
-        Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
+        Ok([of(q)?, of(kv.k)?, of(kv.v)?, keys, values])
+    }
+
+    fn inputs<'a>(&'a self, numbers: &'a [Option<Numbers<'_>>; 5]) -> Result<Inputs<'a>> {
+        let [q, k, v, prefix_keys, prefix_values] =
+            numbers.each_ref().map(|numbers| numbers.as_deref().unwrap_or_default());
+        let (plan, heads, scale) = (&self.plan, self.heads, self.scale);
+        Ok(Inputs { plan, heads, scale, q, k, v, prefix_keys, prefix_values })
     }
 }
 

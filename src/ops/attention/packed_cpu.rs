@@ -1,21 +1,42 @@
-//! Forward and backward of packed attention in f32: matrix products over tiles of rows.
+//! Forward and backward of packed attention in f32: products over tiles of rows.
+//!
+//! The scores of a tile are `[rows, prefix + seen]`, both parts padded to whole vectors; what is padded
+//! weighs nothing.
+
+use std::borrow::Cow;
 
 use rayon::prelude::*;
 
-use super::Heads;
 use super::packed_plan::{Group, Plan, Tile};
-use crate::ops::gemm::{Into, View, gemm};
-use crate::ops::{exp_in_place, max};
+use super::packed_rows::{Mask, slopes, softmax, weights};
+use super::{Heads, PackedGradients};
+use crate::ops::product::{LANES, Left, Output, Product, Right, turn};
 
 pub(super) struct Inputs<'a> {
     pub plan: &'a Plan,
     pub heads: Heads,
     pub scale: f32,
-    /// `[tokens, heads, head_dim]`.
+    /// `[queries, heads, head_dim]`.
     pub q: &'a [f32],
-    /// `[kv_heads, prefix + tokens, head_dim]`, both.
+    /// `[tokens, kv_heads, head_dim]`, both.
     pub k: &'a [f32],
     pub v: &'a [f32],
+    /// `[kv_heads, prefix, head_dim]`, both.
+    pub prefix_keys: &'a [f32],
+    pub prefix_values: &'a [f32],
+}
+
+/// Vectors as [`turn`] leaves them.
+type Turned = Vec<[f32; LANES]>;
+
+/// What tasks read of the prefix, for one KV head.
+struct PrefixHead<'a> {
+    /// `[prefix, head_dim padded]`, both.
+    keys: Cow<'a, [f32]>,
+    values: Cow<'a, [f32]>,
+    turned_keys: Turned,
+    /// The backward's only.
+    turned_values: Turned,
 }
 
 /// One group for one KV head.
@@ -23,232 +44,315 @@ struct Task<'a> {
     inputs: &'a Inputs<'a>,
     group: &'a Group,
     kv_head: usize,
-    /// Query heads that share the KV head.
-    shared: usize,
-    dim: usize,
-    /// This KV head's keys and values, `[prefix + tokens, dim]`.
-    k: &'a [f32],
-    v: &'a [f32],
+    prefix: &'a PrefixHead<'a>,
+}
+
+/// Of one task: `[prefix + seen, dim]`, both.
+struct KvSums {
+    k: Vec<f32>,
+    v: Vec<f32>,
 }
 
 /// The output like `q`, and per task the log-sum-exp of its rows.
 pub(super) fn forward(inputs: &Inputs<'_>) -> (Vec<f32>, Vec<Vec<f32>>) {
-    let tasks = inputs.tasks();
-    let (parts, log_sums): (Vec<_>, Vec<_>) = tasks.par_iter().map(Task::forward).unzip();
-    (inputs.gathered(&tasks, &parts), log_sums)
+    let prefix = inputs.prefix(false);
+    let mut out = vec![0f32; inputs.q.len()];
+    let output = Output::new(&mut out, inputs.heads.head_dim, inputs.heads.head_dim);
+    let tasks = inputs.tasks(&prefix);
+    let log_sums = tasks.par_iter().map(|task| task.forward(output)).collect();
+    (out, log_sums)
 }
 
-/// Gradients of `q`, `k` and `v`, each like its tensor.
 pub(super) fn backward(
     inputs: &Inputs<'_>,
     log_sums: &[Vec<f32>],
     out: &[f32],
     grad: &[f32],
-) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
-    let tasks = inputs.tasks();
-    let parts: Vec<Gradients> = tasks
+    own: bool,
+) -> PackedGradients {
+    let Heads { kv_heads, head_dim: dim, .. } = inputs.heads;
+    let prefix = inputs.prefix(true);
+    let mut dq = vec![0f32; if own { inputs.q.len() } else { 0 }];
+    let output = own.then(|| Output::new(&mut dq, dim, dim));
+    let tasks = inputs.tasks(&prefix);
+    let sums: Vec<KvSums> = tasks
         .par_iter()
         .zip(log_sums)
-        .map(|(task, log_sums)| task.backward(log_sums, out, grad))
+        .map(|(task, log_sums)| task.backward(log_sums, out, grad, output))
         .collect();
-    let mut dk = vec![0f32; inputs.k.len()];
-    let mut dv = vec![0f32; inputs.v.len()];
-    for (task, part) in tasks.iter().zip(&parts) {
-        let (prefix, dim) = (inputs.plan.prefix * task.dim, task.dim);
-        let head = task.kv_head * task.k.len();
-        let own = head + prefix + task.group.seen.start * dim;
-        for (to, from) in [(&mut dk, &part.k), (&mut dv, &part.v)] {
-            add(&mut to[head..head + prefix], &from[..prefix]);
-            add(&mut to[own..own + from.len() - prefix], &from[prefix..]);
+    let len = inputs.prefix_len() * dim;
+    // In the order of the tasks, whichever thread computed them.
+    let gathered = |of: fn(&KvSums) -> &[f32]| {
+        let mut prefix = vec![0f32; kv_heads * len];
+        let mut tokens = vec![0f32; if own { inputs.k.len() } else { 0 }];
+        for (task, sums) in tasks.iter().zip(&sums) {
+            let (from_prefix, from_own) = of(sums).split_at(len);
+            add(&mut prefix[task.kv_head * len..][..len], from_prefix);
+            for (token, from) in task.group.seen.clone().zip(from_own.chunks_exact(dim)) {
+                add(&mut tokens[(token * kv_heads + task.kv_head) * dim..][..dim], from);
+            }
         }
-    }
-    let dq: Vec<Vec<f32>> = parts.into_iter().map(|part| part.q).collect();
-    (inputs.gathered(&tasks, &dq), dk, dv)
+        (prefix, tokens)
+    };
+    let (prefix_keys, dk) = gathered(|sums| &sums.k);
+    let (prefix_values, dv) = gathered(|sums| &sums.v);
+    PackedGradients { prefix_keys, prefix_values, own: own.then_some([dq, dk, dv]) }
 }
 
 fn add(to: &mut [f32], from: &[f32]) {
     to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
 }
 
+fn turned(rows: &[f32], count: usize, columns: usize, row_stride: usize) -> Turned {
+    let mut to = vec![[0f32; LANES]; count.div_ceil(LANES) * columns];
+    turn(rows, count, columns, row_stride, &mut to);
+    to
+}
+
 impl Inputs<'_> {
-    fn tasks(&self) -> Vec<Task<'_>> {
-        let Heads { heads, kv_heads, head_dim } = self.heads;
-        let head = (self.plan.prefix + self.plan.tokens) * head_dim;
-        let task = |kv_head, group| Task {
-            inputs: self,
-            group,
-            kv_head,
-            shared: heads / kv_heads,
-            dim: head_dim,
-            k: &self.k[kv_head * head..][..head],
-            v: &self.v[kv_head * head..][..head],
-        };
-        let groups = self.plan.groups.iter();
-        groups.flat_map(|group| (0..kv_heads).map(move |kv_head| task(kv_head, group))).collect()
+    fn prefix_len(&self) -> usize {
+        self.prefix_keys.len() / (self.heads.kv_heads * self.heads.head_dim).max(1)
     }
 
-    /// `[tokens, heads, head_dim]` from the rows of every task.
-    fn gathered(&self, tasks: &[Task<'_>], parts: &[Vec<f32>]) -> Vec<f32> {
-        let mut all = vec![0f32; self.q.len()];
-        for (task, part) in tasks.iter().zip(parts) {
-            let width = task.shared * task.dim;
-            for (token, rows) in task.group.tokens.clone().zip(part.chunks_exact(width)) {
-                all[task.at(token)..][..width].copy_from_slice(rows);
+    fn prefix(&self, backward: bool) -> Vec<PrefixHead<'_>> {
+        let (dim, len) = (self.heads.head_dim, self.prefix_len());
+        let head = |kv_head: usize| {
+            let keys = &self.prefix_keys[kv_head * len * dim..][..len * dim];
+            let values = &self.prefix_values[kv_head * len * dim..][..len * dim];
+            PrefixHead {
+                keys: padded(keys, dim),
+                values: padded(values, dim),
+                turned_keys: turned(keys, len, dim, dim),
+                turned_values: if backward { turned(values, len, dim, dim) } else { Vec::new() },
             }
-        }
-        all
+        };
+        (0..self.heads.kv_heads).into_par_iter().map(head).collect()
+    }
+
+    fn tasks<'a>(&'a self, prefix: &'a [PrefixHead<'a>]) -> Vec<Task<'a>> {
+        let heads = move |group| {
+            let each = prefix.iter().enumerate();
+            each.map(move |(kv_head, prefix)| Task { inputs: self, group, kv_head, prefix })
+        };
+        self.plan.groups.iter().flat_map(heads).collect()
     }
 }
 
-/// Of one task: `q` `[tokens, shared, dim]`, `k` and `v` `[prefix + seen, dim]`.
-struct Gradients {
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
+/// Rows of `dim` in whole vectors.
+fn padded(rows: &[f32], dim: usize) -> Cow<'_, [f32]> {
+    match dim.is_multiple_of(LANES) {
+        true => Cow::Borrowed(rows),
+        false => {
+            let pad = |row: &[f32]| [row, &vec![0f32; dim.next_multiple_of(LANES) - dim]].concat();
+            Cow::Owned(rows.chunks_exact(dim).flat_map(pad).collect())
+        }
+    }
 }
 
 impl Task<'_> {
-    fn forward(&self) -> (Vec<f32>, Vec<f32>) {
-        let rows = self.group.tokens.len() * self.shared;
-        let mut out = vec![0f32; rows * self.dim];
-        let mut log_sums = Vec::with_capacity(rows);
-        let (mut q, mut scores) = (Vec::new(), Vec::new());
-        for tile in self.tiles() {
-            self.gather(self.inputs.q, tile, self.inputs.scale, &mut q);
-            self.scores(tile, &q, &mut scores);
-            let width = self.inputs.plan.width(tile);
-            let own = self.rows_of(tile);
-            for row in scores.chunks_exact_mut(width) {
-                let largest = max(row);
-                let sum = exp_in_place(row, largest, 1.0);
-                log_sums.push((f64::from(largest) + sum.ln()) as f32);
-                let inverse = (1.0 / sum) as f32;
-                row.iter_mut().for_each(|weight| *weight *= inverse);
+    /// Writes the output's rows, each of one token and head.
+    fn forward(&self, output: Output<'_>) -> Vec<f32> {
+        let (plan, shared) = (self.inputs.plan, self.shared());
+        let mut log_sums = vec![0f32; self.group.queries.len() * shared];
+        let (mut q, mut k, mut v) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut scores, mut out, mut shares) = (Vec::new(), Vec::new(), Vec::new());
+        for tile in &plan.tiles[self.group.tiles.clone()] {
+            let mask = self.mask(tile, true);
+            self.gather_queries(self.inputs.q, tile, self.inputs.scale, &mut q);
+            self.gather_own(self.inputs.k, tile, &mut k);
+            self.gather_own(self.inputs.v, tile, &mut v);
+            self.products_with(&q, &self.prefix.turned_keys, &k, &mask, &mut scores);
+            shares.resize(mask.rows(), 0.0);
+            softmax(&mut scores, &mask, &mut log_sums[self.rows_of(tile)], &mut shares);
+            self.times_keys(&scores, &self.prefix.values, &v, &mask, &mut out);
+            let rows = out.chunks_exact(self.width()).zip(&shares).enumerate();
+            for (row, (from, share)) in rows {
+                // SAFETY: these queries and heads are this task's alone.
+                let to = unsafe { output.row(self.row_at(tile, row)) };
+                to.iter_mut().zip(from).for_each(|(to, from)| *to = from * share);
             }
-            let to = &mut out[own.start * self.dim..own.end * self.dim];
-            self.times_keys(tile, &scores, self.v, 1.0, to);
         }
-        (out, log_sums)
+        log_sums
     }
 
-    fn backward(&self, log_sums: &[f32], out: &[f32], grad: &[f32]) -> Gradients {
-        let (dim, plan, scale) = (self.dim, self.inputs.plan, self.inputs.scale);
-        let seen = plan.prefix + self.group.seen.len();
-        let mut sums = Gradients {
-            q: vec![0f32; self.group.tokens.len() * self.shared * dim],
-            k: vec![0f32; seen * dim],
-            v: vec![0f32; seen * dim],
-        };
-        let (mut q, mut weights, mut slopes) = (Vec::new(), Vec::new(), Vec::new());
+    /// Writes the rows of the queries' gradient, if there is a place for them; else what only that of the
+    /// own tokens needs is left out, too.
+    fn backward(
+        &self,
+        log_sums: &[f32],
+        out: &[f32],
+        grad: &[f32],
+        output: Option<Output<'_>>,
+    ) -> KvSums {
+        let (dim, plan, scale) = (self.inputs.heads.head_dim, self.inputs.plan, self.inputs.scale);
+        let own = output.is_some();
+        let len = self.inputs.prefix_len() + if own { self.group.seen.len() } else { 0 };
+        let mut sums = KvSums { k: vec![0f32; len * dim], v: vec![0f32; len * dim] };
+        let (mut q, mut k, mut v) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut probs, mut scores, mut to_q) = (Vec::new(), Vec::new(), Vec::new());
         let (mut tile_out, mut tile_grad) = (Vec::new(), Vec::new());
-        for tile in self.tiles() {
-            let (rows, width) = (self.rows_of(tile), plan.width(tile));
-            self.gather(self.inputs.q, tile, scale, &mut q);
-            self.gather(out, tile, 1.0, &mut tile_out);
-            self.gather(grad, tile, 1.0, &mut tile_grad);
-            self.scores(tile, &q, &mut weights);
-            for (row, log_sum) in weights.chunks_exact_mut(width).zip(&log_sums[rows.clone()]) {
-                exp_in_place(row, *log_sum, 1.0);
+        for tile in &plan.tiles[self.group.tiles.clone()] {
+            let mask = self.mask(tile, own);
+            self.gather_queries(self.inputs.q, tile, scale, &mut q);
+            self.gather_queries(out, tile, 1.0, &mut tile_out);
+            self.gather_queries(grad, tile, 1.0, &mut tile_grad);
+            if own {
+                self.gather_own(self.inputs.k, tile, &mut k);
+                self.gather_own(self.inputs.v, tile, &mut v);
             }
-            self.add_to_keys(tile, &weights, &tile_grad, &mut sums.v);
-            // Slopes of the scores: weight · (grad · value − grad · out).
-            self.products_with(tile, &tile_grad, self.v, &mut slopes);
-            let each = slopes.chunks_exact_mut(width).zip(weights.chunks_exact(width));
-            let states = tile_out.chunks_exact(dim).zip(tile_grad.chunks_exact(dim));
-            for ((slopes, weights), (out, grad)) in each.zip(states) {
-                let mean: f32 = out.iter().zip(grad).map(|(out, grad)| out * grad).sum();
-                for (slope, weight) in slopes.iter_mut().zip(weights) {
-                    *slope = weight * (*slope - mean);
-                }
+            self.products_with(&q, &self.prefix.turned_keys, &k, &mask, &mut probs);
+            weights(&mut probs, &mask, &log_sums[self.rows_of(tile)]);
+            self.add_to_keys(&probs, &tile_grad, tile, &mask, &mut sums.v);
+            self.products_with(&tile_grad, &self.prefix.turned_values, &v, &mask, &mut scores);
+            slopes(&mut scores, &probs, &tile_out, &tile_grad, mask.rows());
+            self.add_to_keys(&scores, &q, tile, &mask, &mut sums.k);
+            let Some(output) = output else { continue };
+            self.times_keys(&scores, &self.prefix.keys, &k, &mask, &mut to_q);
+            for (row, from) in to_q.chunks_exact(self.width()).enumerate() {
+                // SAFETY: these queries and heads are this task's alone.
+                let to = unsafe { output.row(self.row_at(tile, row)) };
+                to.iter_mut().zip(from).for_each(|(to, from)| *to = from * scale);
             }
-            self.add_to_keys(tile, &slopes, &q, &mut sums.k);
-            let to = &mut sums.q[rows.start * dim..rows.end * dim];
-            self.times_keys(tile, &slopes, self.k, scale, to);
         }
         sums
     }
 
-    fn tiles(&self) -> &[Tile] {
-        &self.inputs.plan.tiles[self.group.tiles.clone()]
+    /// Query heads that share the KV head.
+    fn shared(&self) -> usize {
+        self.inputs.heads.heads / self.inputs.heads.kv_heads
     }
 
-    /// Where the heads of this task start in a tensor like `q`.
-    fn at(&self, token: usize) -> usize {
-        (token * self.inputs.heads.heads + self.kv_head * self.shared) * self.dim
+    /// A head in whole vectors.
+    fn width(&self) -> usize {
+        self.inputs.heads.head_dim.next_multiple_of(LANES)
     }
 
-    /// Rows of a tile within the task: token by token, its heads side by side.
+    fn mask(&self, tile: &Tile, own: bool) -> Mask {
+        let visible = tile.queries.clone().map(|query| self.inputs.plan.visible(tile, query));
+        Mask {
+            prefix: self.inputs.prefix_len(),
+            own: if own { tile.seen.len() } else { 0 },
+            visible: visible.flat_map(|keys| std::iter::repeat_n(keys, self.shared())).collect(),
+        }
+    }
+
+    /// Rows of a tile within the task: query by query, its heads side by side.
     fn rows_of(&self, tile: &Tile) -> std::ops::Range<usize> {
-        let start = self.group.tokens.start;
-        (tile.tokens.start - start) * self.shared..(tile.tokens.end - start) * self.shared
+        let (start, shared) = (self.group.queries.start, self.shared());
+        (tile.queries.start - start) * shared..(tile.queries.end - start) * shared
     }
 
-    /// The tile's rows of a tensor like `q`, times `factor`.
-    fn gather(&self, from: &[f32], tile: &Tile, factor: f32, to: &mut Vec<f32>) {
-        to.clear();
-        for token in tile.tokens.clone() {
-            let rows = &from[self.at(token)..][..self.shared * self.dim];
-            to.extend(rows.iter().map(|value| value * factor));
+    /// Where row `row` of a tile is among the rows of a tensor like `q`.
+    fn row_at(&self, tile: &Tile, row: usize) -> usize {
+        let (query, head) = (tile.queries.start + row / self.shared(), row % self.shared());
+        query * self.inputs.heads.heads + self.kv_head * self.shared() + head
+    }
+
+    /// The tile's rows of a tensor like `q`, times `factor`: `[rows, width]`.
+    fn gather_queries(&self, from: &[f32], tile: &Tile, factor: f32, to: &mut Vec<f32>) {
+        let (dim, width) = (self.inputs.heads.head_dim, self.width());
+        let rows = tile.queries.len() * self.shared();
+        to.resize(rows * width, 0.0);
+        for (row, to) in to.chunks_exact_mut(width).enumerate() {
+            let from = &from[self.row_at(tile, row) * dim..][..dim];
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = from * factor);
+            to[dim..].fill(0.0);
         }
     }
 
-    /// The rows of `matrix` `[prefix + tokens, dim]` that the tile sees: of the prefix, and its own.
-    fn parts<'a>(&self, tile: &Tile, matrix: &'a [f32]) -> [View<'a>; 2] {
-        let (prefix, dim) = (self.inputs.plan.prefix, self.dim);
-        let own = tile.tokens.end - tile.sequence;
-        let first = (prefix + tile.sequence) * dim;
-        [
-            View::rows(&matrix[..prefix * dim], prefix, dim, dim),
-            View::rows(&matrix[first..first + own * dim], own, dim, dim),
-        ]
-    }
-
-    /// `rows · matrixᵀ`: `[rows, width]`.
-    fn products_with(&self, tile: &Tile, rows: &[f32], matrix: &[f32], to: &mut Vec<f32>) {
-        let (count, width) = (rows.len() / self.dim, self.inputs.plan.width(tile));
-        to.resize(count * width, 0.0);
-        let left = View::rows(rows, count, self.dim, self.dim);
-        let [prefix, own] = self.parts(tile, matrix);
-        gemm(to, width, Into::Replace, left, prefix.t(), 1.0);
-        gemm(&mut to[self.inputs.plan.prefix..], width, Into::Replace, left, own.t(), 1.0);
-    }
-
-    /// Scores of the tile's rows, negative infinity for keys they may not see.
-    fn scores(&self, tile: &Tile, q: &[f32], to: &mut Vec<f32>) {
-        self.products_with(tile, q, self.k, to);
-        let width = self.inputs.plan.width(tile);
-        let tokens = tile.tokens.len();
-        for (row, scores) in to.chunks_exact_mut(width).enumerate() {
-            let later = tokens - 1 - row / self.shared;
-            scores[width - later..].fill(f32::NEG_INFINITY);
+    /// The tokens that the tile sees of a tensor like `k`: `[seen, width]`.
+    fn gather_own(&self, from: &[f32], tile: &Tile, to: &mut Vec<f32>) {
+        let (dim, width) = (self.inputs.heads.head_dim, self.width());
+        to.resize(tile.seen.len() * width, 0.0);
+        for (token, to) in tile.seen.clone().zip(to.chunks_exact_mut(width)) {
+            let at = (token * self.inputs.heads.kv_heads + self.kv_head) * dim;
+            to[..dim].copy_from_slice(&from[at..at + dim]);
+            to[dim..].fill(0.0);
         }
     }
 
-    /// `factor · weights · matrix`, with `weights` `[rows, width]`.
+    /// `rows · keysᵀ`, or the same with values: `[rows, width of the mask]`.
+    fn products_with(
+        &self,
+        rows: &[f32],
+        prefix: &[[f32; LANES]],
+        own: &[f32],
+        mask: &Mask,
+        to: &mut Vec<f32>,
+    ) {
+        let (dim, width) = (self.inputs.heads.head_dim, self.width());
+        to.resize(mask.rows() * mask.width(), 0.0);
+        let own = turned(own, mask.own, dim, width);
+        for (tiles, first_column) in [(prefix, 0), (&own, mask.own_start())] {
+            let product = Product {
+                left: Left::rows(rows, width),
+                right: Right::tiles(tiles, dim),
+                rows: mask.rows(),
+                depth: dim,
+                tiles: tiles.len() / dim,
+                output: Output::new(to, mask.width(), mask.width()),
+                first_row: 0,
+                first_column,
+                add: false,
+            };
+            // SAFETY: this task's own memory.
+            unsafe { product.compute() };
+        }
+    }
+
+    /// `weights · keys`, or the same with values: `[rows, width of a head]`.
     fn times_keys(
         &self,
-        tile: &Tile,
         weights: &[f32],
-        matrix: &[f32],
-        factor: f32,
-        to: &mut [f32],
+        prefix: &[f32],
+        own: &[f32],
+        mask: &Mask,
+        to: &mut Vec<f32>,
     ) {
-        let (width, at) = (self.inputs.plan.width(tile), self.inputs.plan.prefix);
-        let rows = weights.len() / width;
-        let [prefix, own] = self.parts(tile, matrix);
-        gemm(to, self.dim, Into::Replace, View::rows(weights, rows, at, width), prefix, factor);
-        let weights = View::rows(&weights[at..], rows, width - at, width);
-        gemm(to, self.dim, Into::Add, weights, own, factor);
+        let width = self.width();
+        to.resize(mask.rows() * width, 0.0);
+        for (keys, start, depth) in [(prefix, 0, mask.prefix), (own, mask.own_start(), mask.own)] {
+            let product = Product {
+                left: Left::rows(&weights[start..], mask.width()),
+                right: Right::rows(keys, width),
+                rows: mask.rows(),
+                depth,
+                tiles: width / LANES,
+                output: Output::new(to, width, width),
+                first_row: 0,
+                first_column: 0,
+                add: start > 0,
+            };
+            // SAFETY: this task's own memory.
+            unsafe { product.compute() };
+        }
     }
 
     /// Adds `weightsᵀ · rows` to what the task has summed for the keys the tile sees.
-    fn add_to_keys(&self, tile: &Tile, weights: &[f32], rows: &[f32], sums: &mut [f32]) {
-        let (width, at, dim) = (self.inputs.plan.width(tile), self.inputs.plan.prefix, self.dim);
-        let count = rows.len() / dim;
-        let right = View::rows(rows, count, dim, dim);
-        gemm(sums, dim, Into::Add, View::rows(weights, count, at, width).t(), right, 1.0);
-        let own = (at + tile.sequence - self.group.seen.start) * dim;
-        let weights = View::rows(&weights[at..], count, width - at, width);
-        gemm(&mut sums[own..], dim, Into::Add, weights.t(), right, 1.0);
+    fn add_to_keys(
+        &self,
+        weights: &[f32],
+        rows: &[f32],
+        tile: &Tile,
+        mask: &Mask,
+        sums: &mut [f32],
+    ) {
+        let (dim, width) = (self.inputs.heads.head_dim, self.width());
+        let own = mask.prefix + tile.seen.start - self.group.seen.start;
+        for (start, keys, first_row) in [(0, mask.prefix, 0), (mask.own_start(), mask.own, own)] {
+            let product = Product {
+                left: Left::columns(&weights[start..], mask.width()),
+                right: Right::rows(rows, width),
+                rows: keys,
+                depth: mask.rows(),
+                tiles: width / LANES,
+                output: Output::new(sums, dim, dim),
+                first_row,
+                first_column: 0,
+                add: true,
+            };
+            // SAFETY: this task's own memory.
+            unsafe { product.compute() };
+        }
     }
 }

@@ -15,63 +15,69 @@ const TILE_ROWS: usize = 128;
 /// prefix's gradient stay small.
 const TASKS: usize = 32;
 
-/// Consecutive tokens of one sequence.
+/// Consecutive queries of one sequence.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Tile {
-    pub tokens: Range<usize>,
-    /// Where the sequence begins: the tile's tokens see from here up to themselves.
-    pub sequence: usize,
+    pub queries: Range<usize>,
+    /// Tokens that the last of them sees: from the start of the sequence up to itself.
+    pub seen: Range<usize>,
 }
 
 /// Consecutive tiles, computed one after the other for one KV head.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Group {
     pub tiles: Range<usize>,
-    pub tokens: Range<usize>,
-    /// Own tokens that any of its rows sees.
+    pub queries: Range<usize>,
+    /// Own tokens that any of its queries sees.
     pub seen: Range<usize>,
 }
 
 #[derive(Debug)]
 pub(super) struct Plan {
     pub tokens: usize,
-    pub prefix: usize,
+    /// The token of each query.
+    pub positions: Vec<usize>,
     pub tiles: Vec<Tile>,
     pub groups: Vec<Group>,
 }
 
 impl Plan {
-    /// `cu_seqlens` must ascend from 0 to `tokens`.
-    pub fn new(cu_seqlens: &[u32], tokens: usize, prefix: usize, heads: Heads) -> Result<Self> {
-        let covers = cu_seqlens.first() == Some(&0)
-            && cu_seqlens.last().is_some_and(|end| *end as usize == tokens)
-            && cu_seqlens.is_sorted();
-        if !covers {
-            bail!("prefix attention: cu_seqlens must ascend from 0 to the {tokens} tokens");
+    /// `cu_seqlens` must ascend from 0, and `queries` strictly within its last.
+    pub fn new(cu_seqlens: &[u32], queries: &[u32], heads: Heads) -> Result<Self> {
+        if cu_seqlens.first() != Some(&0) || !cu_seqlens.is_sorted() {
+            bail!("prefix attention: cu_seqlens must ascend from 0");
+        }
+        let tokens = cu_seqlens.last().map_or(0, |end| *end as usize);
+        let positions: Vec<usize> = queries.iter().map(|token| *token as usize).collect();
+        if !positions.is_sorted_by(|a, b| a < b) || positions.last().is_some_and(|t| *t >= tokens) {
+            bail!("prefix attention: queries must ascend within the {tokens} tokens");
         }
         let step = (TILE_ROWS / (heads.heads / heads.kv_heads)).max(1);
         let mut tiles = Vec::new();
+        let mut next = 0;
         for ends in cu_seqlens.windows(2) {
-            let (start, end) = (ends[0] as usize, ends[1] as usize);
-            tiles.extend(
-                (start..end)
-                    .step_by(step)
-                    .map(|first| Tile { tokens: first..end.min(first + step), sequence: start }),
-            );
+            let end = next + positions[next..].partition_point(|token| *token < ends[1] as usize);
+            tiles.extend((next..end).step_by(step).map(|first| {
+                let queries = first..end.min(first + step);
+                Tile { seen: ends[0] as usize..positions[queries.end - 1] + 1, queries }
+            }));
+            next = end;
         }
-        let groups = grouped(&tiles, prefix, TASKS.div_ceil(heads.kv_heads));
-        Ok(Self { tokens, prefix, tiles, groups })
+        let groups = grouped(&tiles, TASKS.div_ceil(heads.kv_heads));
+        Ok(Self { tokens, positions, tiles, groups })
     }
 
-    /// Keys that the rows of a tile see at most.
-    pub fn width(&self, tile: &Tile) -> usize {
-        self.prefix + tile.tokens.end - tile.sequence
+    /// Own tokens that query `query` of `tile` sees.
+    pub fn visible(&self, tile: &Tile, query: usize) -> usize {
+        self.positions[query] + 1 - tile.seen.start
     }
 }
 
 /// At most `parts` groups of about the same work.
-fn grouped(tiles: &[Tile], prefix: usize, parts: usize) -> Vec<Group> {
-    let work = |tile: &Tile| tile.tokens.len() * (prefix + tile.tokens.end - tile.sequence);
+fn grouped(tiles: &[Tile], parts: usize) -> Vec<Group> {
+    /// What a row costs besides the products with its own tokens, as so many more of them.
+    const ROW: usize = 64;
+    let work = |tile: &Tile| tile.queries.len() * (ROW + tile.seen.len());
     let total = tiles.iter().map(work).sum::<usize>().max(1);
     let mut groups: Vec<Group> = Vec::new();
     let (mut before, mut last_part) = (0, None);
@@ -82,13 +88,13 @@ fn grouped(tiles: &[Tile], prefix: usize, parts: usize) -> Vec<Group> {
         match groups.last_mut() {
             Some(group) if last_part == Some(part) => {
                 group.tiles.end = index + 1;
-                group.tokens.end = tile.tokens.end;
-                group.seen.end = tile.tokens.end;
+                group.queries.end = tile.queries.end;
+                group.seen.end = tile.seen.end;
             }
             _ => groups.push(Group {
                 tiles: index..index + 1,
-                tokens: tile.tokens.clone(),
-                seen: tile.sequence..tile.tokens.end,
+                queries: tile.queries.clone(),
+                seen: tile.seen.clone(),
             }),
         }
         last_part = Some(part);
@@ -101,36 +107,56 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tiles_and_groups_cover_every_token_once_in_order() {
+    fn tiles_and_groups_cover_every_query_once_in_order() {
         let heads = Heads { heads: 8, kv_heads: 4, head_dim: 8 };
-        for cu_seqlens in [vec![0, 1], vec![0, 700, 701, 701, 900], vec![0], vec![0, 5000]] {
-            let tokens = *cu_seqlens.last().unwrap() as usize;
-            let plan = Plan::new(&cu_seqlens, tokens, 13, heads).unwrap();
+        for (cu_seqlens, step) in [
+            (vec![0, 1], 1),
+            (vec![0, 700, 701, 701, 900], 1),
+            (vec![0, 700, 701, 701, 900], 7),
+            (vec![0], 1),
+            (vec![0, 5000], 1),
+            (vec![0, 500, 5000], 601),
+        ] {
+            let queries: Vec<u32> = (0..*cu_seqlens.last().unwrap()).step_by(step).collect();
+            let plan = Plan::new(&cu_seqlens, &queries, heads).unwrap();
             let mut next = 0;
             for tile in &plan.tiles {
-                assert_eq!(tile.tokens.start, next);
-                assert!(cu_seqlens.contains(&(tile.sequence as u32)));
-                next = tile.tokens.end;
-            }
-            assert_eq!(next, tokens);
-            let (mut next_tile, mut next_token) = (0, 0);
-            for group in &plan.groups {
-                assert_eq!((group.tiles.start, group.tokens.start), (next_tile, next_token));
-                for tile in &plan.tiles[group.tiles.clone()] {
-                    assert!(group.seen.start <= tile.sequence && tile.tokens.end <= group.seen.end);
+                assert_eq!(tile.queries.start, next);
+                next = tile.queries.end;
+                for query in tile.queries.clone() {
+                    let token = queries[query];
+                    let start = cu_seqlens.iter().filter(|start| **start <= token).max().unwrap();
+                    assert_eq!(tile.seen.start, *start as usize);
+                    assert_eq!(plan.visible(tile, query), (token - start) as usize + 1);
+                    assert!(plan.visible(tile, query) <= tile.seen.len());
                 }
-                (next_tile, next_token) = (group.tiles.end, group.tokens.end);
             }
-            assert_eq!((next_tile, next_token), (plan.tiles.len(), tokens));
+            assert_eq!(next, queries.len());
+            let (mut next_tile, mut next_query) = (0, 0);
+            for group in &plan.groups {
+                assert_eq!((group.tiles.start, group.queries.start), (next_tile, next_query));
+                for tile in &plan.tiles[group.tiles.clone()] {
+                    assert!(group.seen.start <= tile.seen.start && tile.seen.end <= group.seen.end);
+                }
+                (next_tile, next_query) = (group.tiles.end, group.queries.end);
+            }
+            assert_eq!((next_tile, next_query), (plan.tiles.len(), queries.len()));
             assert!(plan.groups.len() <= TASKS);
         }
     }
 
     #[test]
-    fn lengths_that_do_not_cover_the_tokens_are_refused() {
+    fn sequences_and_queries_that_do_not_fit_are_refused() {
         let heads = Heads { heads: 1, kv_heads: 1, head_dim: 8 };
-        for cu_seqlens in [&[][..], &[0, 3], &[1, 4], &[0, 5], &[0, 3, 2, 4]] {
-            assert!(Plan::new(cu_seqlens, 4, 0, heads).is_err(), "{cu_seqlens:?}");
+        for (cu_seqlens, queries) in [
+            (&[][..], &[][..]),
+            (&[1, 4], &[]),
+            (&[0, 3, 2, 4], &[]),
+            (&[0, 3], &[3]),
+            (&[0, 3], &[1, 1]),
+            (&[0, 3], &[2, 1]),
+        ] {
+            assert!(Plan::new(cu_seqlens, queries, heads).is_err(), "{cu_seqlens:?} {queries:?}");
         }
     }
 }

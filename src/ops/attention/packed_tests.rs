@@ -6,6 +6,7 @@ use super::*;
 use crate::ops::attention::{KvRun, SequenceQueries, segment_attention};
 use crate::ops::tests::assert_close;
 
+#[derive(Clone)]
 struct Case {
     heads: Heads,
     prefix: usize,
@@ -44,8 +45,32 @@ impl Case {
         ])
     }
 
-    fn attention(&self, [q, k, v, keys, values]: &[Var; 5], scale: f32) -> Result<Tensor> {
-        prefix_attention(q, k, v, keys, values, &self.cu_seqlens, scale)
+    fn queries(&self) -> Vec<u32> {
+        (0..self.tokens() as u32).collect()
+    }
+
+    /// Of the given queries, and the gradients for `up`.
+    fn attention(
+        &self,
+        [q, k, v, keys, values]: [&Tensor; 5],
+        queries: &[u32],
+        scale: f32,
+        up: Option<&Tensor>,
+    ) -> Result<(Tensor, Option<PackedGradients>)> {
+        let packed = PackedAttention::new(&self.cu_seqlens, queries, self.heads, scale)?;
+        let q = q.index_select(&Tensor::new(queries, q.device())?, 0)?;
+        let kv = PackedKv { k, v, prefix: Some((keys, values)) };
+        let (out, log_sums) = packed.forward(&q, kv)?;
+        let back = |up: &Tensor| {
+            packed.backward(&q, kv, (&out, &log_sums), &up.flatten_all()?.to_vec1()?, true)
+        };
+        let gradients = up.map(back).transpose()?;
+        Ok((out, gradients))
+    }
+
+    fn forward(&self, vars: &[Var; 5], scale: f32) -> Result<Tensor> {
+        let vars = vars.each_ref().map(Var::as_tensor);
+        Ok(self.attention(vars, &self.queries(), scale, None)?.0)
     }
 
     /// Each sequence alone, in f64.
@@ -83,18 +108,26 @@ impl Case {
 
 #[test]
 fn value_and_gradients_are_those_of_the_naive_form() -> Result<()> {
-    for case in cases() {
+    for (case, step) in cases().into_iter().flat_map(|case| [(case.clone(), 1), (case, 3)]) {
         let vars = case.vars()?;
-        let up = Tensor::randn(0f32, 1f32, vars[0].shape(), &Device::Cpu)?;
-        let ours = case.attention(&vars, 0.7)?;
-        let theirs = case.naive(&vars, 0.7)?;
+        let queries: Vec<u32> = case.queries().into_iter().step_by(step).collect();
+        let index = Tensor::new(queries.as_slice(), &Device::Cpu)?;
+        let theirs = case.naive(&vars, 0.7)?.contiguous()?.index_select(&index, 0)?;
+        let up = Tensor::randn(0f32, 1f32, theirs.shape(), &Device::Cpu)?;
+        let tensors = vars.each_ref().map(Var::as_tensor);
+        let (ours, gradients) = case.attention(tensors, &queries, 0.7, Some(&up))?;
         assert_close(&ours, &theirs.to_dtype(DType::F32)?, 1e-5);
-        let ours = (ours * &up)?.sum_all()?.backward()?;
         let theirs = (theirs * up.to_dtype(DType::F64)?)?.sum_all()?.backward()?;
-        for var in &vars {
-            let theirs = theirs.get(var).unwrap();
+        let PackedGradients { prefix_keys, prefix_values, own } = gradients.unwrap();
+        let [dq, dk, dv] = own.unwrap();
+        for (var, ours) in vars.iter().zip([dq, dk, dv, prefix_keys, prefix_values]) {
+            let mut theirs = theirs.get(var).unwrap().contiguous()?;
+            if ours.len() < theirs.elem_count() {
+                theirs = theirs.index_select(&index, 0)?; // that of other queries is 0
+            }
             let largest = theirs.abs()?.max_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
-            assert_close(ours.get(var).unwrap(), theirs, 1e-5 * largest.max(1.0));
+            let ours = Tensor::from_vec(ours, theirs.shape(), &Device::Cpu)?;
+            assert_close(&ours, &theirs, 1e-5 * largest.max(1.0));
         }
     }
     Ok(())
@@ -150,7 +183,7 @@ fn equals_what_serving_computes() -> Result<()> {
             .collect();
         let serving = segment_attention(&flat(q)?, case.heads, 0.3, &sequences, 1);
         let serving = Tensor::from_vec(serving, q.shape(), &Device::Cpu)?;
-        assert_close(&case.attention(&vars, 0.3)?, &serving, 1e-5);
+        assert_close(&case.forward(&vars, 0.3)?, &serving, 1e-5);
     }
     Ok(())
 }
@@ -163,7 +196,11 @@ fn without_a_prefix_it_is_causal_attention() -> Result<()> {
         cu_seqlens: vec![0, 70, 75],
     };
     let [q, k, v, ..] = case.vars_without_prefix()?;
-    let ours = packed_attention(&q, &k, &v, &case.cu_seqlens, 0.5)?;
+    let attend = |cu_seqlens: &[u32], q: &Tensor, kv: PackedKv<'_>| -> Result<Tensor> {
+        let queries: Vec<u32> = (0..q.dim(0)? as u32).collect();
+        Ok(PackedAttention::new(cu_seqlens, &queries, case.heads, 0.5)?.forward(q, kv)?.0)
+    };
+    let ours = attend(&case.cu_seqlens, &q, PackedKv { k: &k, v: &v, prefix: None })?;
     // The first row of a sequence sees itself only.
     for row in [0, 70] {
         let values = v.narrow(0, row, 1)?.unsqueeze(2)?.broadcast_as((1, 2, 2, 8))?;
@@ -171,16 +208,10 @@ fn without_a_prefix_it_is_causal_attention() -> Result<()> {
     }
     // A prefix that is the sequence's beginning changes nothing for its rest.
     let beginning = |t: &Tensor| t.narrow(0, 0, 30)?.transpose(0, 1)?.contiguous();
-    let rest = |t: &Tensor| t.narrow(0, 30, 40);
-    let after = prefix_attention(
-        &rest(&q)?,
-        &rest(&k)?,
-        &rest(&v)?,
-        &beginning(&k)?,
-        &beginning(&v)?,
-        &[0, 40],
-        0.5,
-    )?;
+    let rest = |t: &Tensor| t.narrow(0, 30, 40)?.contiguous();
+    let (keys, values) = (beginning(&k)?, beginning(&v)?);
+    let kv = PackedKv { k: &rest(&k)?, v: &rest(&v)?, prefix: Some((&keys, &values)) };
+    let after = attend(&[0, 40], &rest(&q)?, kv)?;
     assert_close(&after, &rest(&ours)?, 1e-5);
     Ok(())
 }
@@ -197,15 +228,18 @@ impl Case {
 fn bits_do_not_depend_on_the_number_of_threads() -> Result<()> {
     let case = &cases()[2];
     let vars = case.vars()?;
-    let run = |threads| -> Result<Vec<Vec<f32>>> {
+    let run = |threads| -> Result<(Vec<f32>, PackedGradients)> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
-            let out = case.attention(&vars, 0.7)?;
-            let grads = out.sqr()?.sum_all()?.backward()?;
-            let grad = |var| grads.get(var).unwrap().flatten_all()?.to_vec1();
-            vars.iter().map(|var| grad(var.as_tensor())).collect()
+            let tensors = vars.each_ref().map(Var::as_tensor);
+            let (out, gradients) =
+                case.attention(tensors, &case.queries(), 0.7, Some(tensors[0]))?;
+            Ok((out.flatten_all()?.to_vec1()?, gradients.unwrap()))
         })
     };
-    assert_eq!(run(1)?, run(3)?);
+    let ((out, one), (other_out, other)) = (run(1)?, run(3)?);
+    assert_eq!(out, other_out);
+    assert_eq!((one.prefix_keys, one.prefix_values), (other.prefix_keys, other.prefix_values));
+    assert_eq!(one.own, other.own);
     Ok(())
 }

@@ -18,13 +18,11 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor,
 };
 
+use super::product::{LANES, Output};
 use super::{contiguous_f32, visit_bytes, with_f32};
 use packed_f32::PackedF32;
 use q8_0::PackedQ8;
 use transposed::transposed_product;
-
-/// Outputs per tile: the f32 lanes of a vector.
-const LANES: usize = 16;
 
 /// A frozen matrix `[out, in]`. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -76,9 +74,9 @@ impl Matrix {
         Ok(Self(Arc::new(form)))
     }
 
-    /// `x · weightᵀ + bias` for `x` `[tokens, in]` and `bias` `[out]`: `[tokens, out]`. The gradient passes
-    /// to `x`. With quantised weights the activations are rounded to the 8 bits of the format's products;
-    /// the gradient is that of the product without this rounding.
+    /// `x · weightᵀ + bias` for `x` `[tokens, in]` and `bias` `[out]`: `[tokens, out]`. With quantised weights
+    /// the activations are rounded to the 8 bits of the format's products; the gradient
+    /// ([`Self::transposed_product`]) is that of the product without this rounding.
     pub fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         let dense = matches!(&*self.0, Form::Dense(_));
         match (&*self.0, bias) {
@@ -91,23 +89,24 @@ impl Matrix {
         }
     }
 
-    /// `y · weight` for `y` `[tokens, out]`: `[tokens, in]`, what takes a gradient from the outputs of
-    /// [`Self::product`] to its inputs.
-    pub fn transposed_product(&self, y: &Tensor) -> Result<Tensor> {
+    /// `y · weight` for `y` `[tokens, out]`, which takes a gradient from the outputs of [`Self::product`] to
+    /// its inputs: written to `to` `[tokens, in]`, or added to what is there. On the CPU.
+    pub fn transposed_product(&self, y: &[f32], to: &mut [f32], add: bool) -> Result<()> {
         let (out, input) = self.dims()?;
-        let (tokens, width) = y.dims2()?;
-        if width != out {
-            candle_core::bail!(
-                "product: [{tokens}, {width}] with transposed weights [{out}, {input}]"
-            );
+        if out == 0 || !y.len().is_multiple_of(out) || y.len() / out * input != to.len() {
+            let (from, to) = (y.len(), to.len());
+            candle_core::bail!("product: {from} to {to} with transposed weights [{out}, {input}]");
         }
-        let values = match &*self.0 {
-            Form::F32(packed) => with_f32(y, |y| Ok(transposed_product(packed, y)))?,
-            Form::Q8(packed) => with_f32(y, |y| Ok(transposed_product(packed, y)))?,
-            // Dense for the length of this product only: the frozen weight stays as it is.
-            _ => return y.contiguous()?.matmul(&self.to_dense(y.device())?.to_dtype(y.dtype())?),
-        };
-        Tensor::from_vec(values, (tokens, input), &Device::Cpu)
+        match &*self.0 {
+            Form::F32(packed) => transposed_product(packed, y, to, add),
+            Form::Q8(packed) => transposed_product(packed, y, to, add),
+            // Laid out for the length of this product only: the frozen weight stays as it is.
+            Form::Ggml(_) | Form::Dense(_) => {
+                let dense = Self::dense(&self.to_dense(&Device::Cpu)?)?;
+                return dense.transposed_product(y, to, add);
+            }
+        }
+        Ok(())
     }
 
     /// Rows `ids` in f32, `[ids, in]`: an embedding lookup. A row that is not there is an error.
@@ -173,7 +172,7 @@ impl Matrix {
     }
 }
 
-/// A product with the backward that candle's quantised one lacks.
+/// A product as candle's operation.
 struct Product {
     matrix: Matrix,
     bias: Option<Tensor>,
@@ -214,10 +213,6 @@ impl CustomOp1 for Product {
             _ => candle_core::bail!("product: these weights lie on the CPU"),
         }
     }
-
-    fn bwd(&self, _x: &Tensor, _res: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(self.matrix.transposed_product(grad)?))
-    }
 }
 
 impl Product {
@@ -235,54 +230,9 @@ impl Product {
     }
 }
 
-/// The result `[tokens, width]` of a product, written in tiles by several threads.
-#[derive(Clone, Copy)]
-struct Output {
-    start: *mut f32,
-    width: usize,
-}
-
-// SAFETY: `write` asks its caller that no two threads write the same place.
-unsafe impl Sync for Output {}
-
-impl Output {
-    fn new(values: &mut [f32], width: usize) -> Self {
-        Self { start: values.as_mut_ptr(), width }
-    }
-
-    /// # Safety
-    /// The row must exist, and no other thread may write these columns of it.
-    unsafe fn write(&self, row: usize, column: usize, sums: &[f32; LANES]) {
-        let len = LANES.min(self.width - column);
-        // SAFETY: `column + len <= width`, the rest is the caller's promise.
-        unsafe {
-            let to = self.start.add(row * self.width + column);
-            std::ptr::copy_nonoverlapping(sums.as_ptr(), to, len);
-        }
-    }
-
-    /// What [`Self::write`] would replace; zeroes past the last column.
-    ///
-    /// # Safety
-    /// As for [`Self::write`].
-    #[inline(always)]
-    unsafe fn read(&self, row: usize, column: usize) -> [f32; LANES] {
-        let len = LANES.min(self.width - column);
-        let mut values = [0f32; LANES];
-        // SAFETY: `column + len <= width`, the rest is the caller's promise.
-        unsafe {
-            let from = self.start.add(row * self.width + column);
-            match len {
-                LANES => values = from.cast::<[f32; LANES]>().read(),
-                _ => std::ptr::copy_nonoverlapping(from, values.as_mut_ptr(), len),
-            }
-        }
-        values
-    }
-}
-
 /// Calls `f` with ranges that cover `0..tiles`, on several threads where the work is worth it. A range has
-/// at most `most` tiles; `work` is the number of multiply-adds in all.
+/// at most `most` tiles, and like it an even number where there are enough; `work` is the number of
+/// multiply-adds in all.
 fn for_tiles(tiles: usize, most: usize, work: usize, f: impl Fn(Range<usize>) + Sync) {
     use rayon::prelude::*;
     /// Below this, handing work to another thread costs more than doing it.
@@ -290,7 +240,8 @@ fn for_tiles(tiles: usize, most: usize, work: usize, f: impl Fn(Range<usize>) + 
     let threads = if work < SERIAL_WORK { 1 } else { rayon::current_num_threads() };
     // Large products in more parts than threads, so that none waits long for a slower one.
     let parts = if work < 64 * SERIAL_WORK { threads } else { 4 * threads };
-    let len = tiles.div_ceil(parts).clamp(1, most.max(1));
+    // Kernels take tiles in pairs.
+    let len = tiles.div_ceil(parts).next_multiple_of(2).clamp(1, most.max(1));
     let range = |i: usize| i * len..((i + 1) * len).min(tiles);
     match threads {
         1 => (0..tiles.div_ceil(len)).for_each(|i| f(range(i))),

@@ -122,7 +122,7 @@ impl PackedQ8 {
         let blocks = self.input / BLOCK;
         let tiles = self.out.div_ceil(LANES);
         let mut result = vec![0f32; tokens * self.out];
-        let output = Output::new(&mut result, self.out);
+        let output = Output::new(&mut result, self.out, self.out);
         let in_cache = GROUP_BYTES / (self.input * LANES);
         for_tiles(tiles, in_cache, tokens * self.out * self.input, |range| {
             for (c, chunk) in chunks.iter().enumerate() {

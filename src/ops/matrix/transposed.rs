@@ -7,16 +7,13 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::packed_f32::{CHUNK_TOKENS, Part, interleaved, multiply};
+use super::packed_f32::{BLOCK_INPUTS, BLOCK_TOKENS};
 use super::{LANES, Output};
+use crate::ops::product::{Left, Product, Right};
 
-/// Tokens per task, a multiple of those of a chunk. Each task turns the weights on its own, so this many
-/// multiplications pay for it.
-const TOKENS: usize = 512;
-/// Columns of the matrix per task.
-const COLUMNS: usize = 128;
-/// Rows turned at once; with [`COLUMNS`] a scratch of 256 KiB.
-const ROWS: usize = 512;
+/// Columns of the matrix per task; with [`BLOCK_INPUTS`] a scratch of 64 KiB. Each task turns the weights
+/// on its own, and [`BLOCK_TOKENS`] multiplications pay for it.
+const COLUMNS: usize = 64;
 
 /// A matrix in tiles of [`LANES`] rows.
 pub(super) trait Tiles: Sync {
@@ -29,71 +26,39 @@ pub(super) trait Tiles: Sync {
     fn turn(&self, rows: Range<usize>, columns: Range<usize>, to: &mut [[f32; LANES]]);
 }
 
-/// `y · weight` for `y` `[tokens, out]`: `[tokens, in]`. Same bits whatever the number of threads.
-pub(super) fn transposed_product(matrix: &impl Tiles, y: &[f32]) -> Vec<f32> {
+/// Writes `y · weight` for `y` `[tokens, out]` to `to` `[tokens, in]`, or adds it to what is there. Same bits
+/// whatever the number of threads.
+pub(super) fn transposed_product(matrix: &impl Tiles, y: &[f32], to: &mut [f32], add: bool) {
     let (out, input) = matrix.dims();
     let tokens = y.len() / out;
-    let chunks = interleaved(y, out);
     let column_blocks = input.div_ceil(COLUMNS);
-    let tasks = tokens.div_ceil(TOKENS) * column_blocks;
-    let columns = |task: usize| {
-        let start = task % column_blocks * COLUMNS;
-        start..input.min(start + COLUMNS)
-    };
-    let parts: Vec<Vec<f32>> = (0..tasks)
-        .into_par_iter()
-        .map_init(
-            || vec![[0f32; LANES]; COLUMNS / LANES * ROWS],
-            |scratch, task| {
-                let first = task / column_blocks * (TOKENS / CHUNK_TOKENS);
-                let chunks = &chunks[first..chunks.len().min(first + TOKENS / CHUNK_TOKENS)];
-                part(matrix, chunks, columns(task), scratch)
-            },
-        )
-        .collect();
-    let mut result = vec![0f32; tokens * input];
-    for (task, part) in parts.iter().enumerate() {
-        let columns = columns(task);
-        let first = task / column_blocks * TOKENS;
-        let width = columns.len().next_multiple_of(LANES);
-        let rows = result[first * input..].chunks_exact_mut(input);
-        for (to, from) in rows.zip(part.chunks_exact(width)) {
-            to[columns.clone()].copy_from_slice(&from[..columns.len()]);
-        }
-    }
-    result
-}
-
-/// The given columns of the product, in rows of whole tiles.
-fn part(
-    matrix: &impl Tiles,
-    chunks: &[Vec<f32>],
-    columns: Range<usize>,
-    scratch: &mut [[f32; LANES]],
-) -> Vec<f32> {
-    let out = matrix.dims().0;
-    let width = columns.len().next_multiple_of(LANES);
-    let tokens: usize = chunks.iter().map(|chunk| chunk.len() / out).sum();
-    let mut sums = vec![0f32; tokens * width];
-    let output = Output::new(&mut sums, width);
-    for first in (0..out).step_by(ROWS) {
-        let rows = first..out.min(first + ROWS);
-        let weights = &mut scratch[..width / LANES * rows.len()];
-        matrix.turn(rows.clone(), columns.clone(), weights);
-        for (c, chunk) in chunks.iter().enumerate() {
-            let tokens = chunk.len() / out;
-            multiply(&Part {
-                weights,
-                input: rows.len(),
-                inputs: 0..rows.len(),
-                x: &chunk[rows.start * tokens..rows.end * tokens],
-                tokens,
-                output,
-                first_token: c * CHUNK_TOKENS,
-                first_out: 0,
-                go_on: first > 0,
-            });
-        }
-    }
-    sums
+    let tasks = tokens.div_ceil(BLOCK_TOKENS) * column_blocks;
+    let output = Output::new(to, input, input);
+    (0..tasks).into_par_iter().for_each_init(
+        || vec![[0f32; LANES]; COLUMNS / LANES * BLOCK_INPUTS],
+        |scratch, task| {
+            let first_row = task / column_blocks * BLOCK_TOKENS;
+            let start = task % column_blocks * COLUMNS;
+            let columns = start..input.min(start + COLUMNS);
+            let tiles = columns.len().div_ceil(LANES);
+            for first in (0..out).step_by(BLOCK_INPUTS) {
+                let rows = first..out.min(first + BLOCK_INPUTS);
+                let weights = &mut scratch[..tiles * rows.len()];
+                matrix.turn(rows.clone(), columns.clone(), weights);
+                let product = Product {
+                    left: Left::rows(&y[first_row * out + first..], out),
+                    right: Right::tiles(weights, rows.len()),
+                    rows: BLOCK_TOKENS.min(tokens - first_row),
+                    depth: rows.len(),
+                    tiles,
+                    output,
+                    first_row,
+                    first_column: columns.start,
+                    add: add || first > 0,
+                };
+                // SAFETY: each task has rows and columns of its own.
+                unsafe { product.compute() };
+            }
+        },
+    );
 }

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use serde::de::{Deserializer, Error};
 use serde_json::Value;
 
 use super::conversation::RawMessage;
@@ -154,6 +155,13 @@ impl Message {
             token_ids: self.token_ids,
             top_logprobs: self.top_logprobs.map(Top::read).or(outside),
         }
+    }
+}
+
+/// In any of the forms a file may have.
+impl<'de> Deserialize<'de> for TopLogprobs {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Top::deserialize(deserializer)?.read().map_err(D::Error::custom)
     }
 }
 

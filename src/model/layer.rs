@@ -1,0 +1,185 @@
+//! One layer of the decoder, forward and backward.
+
+use candle_core::{Result, Tensor};
+
+use super::{Attend, ModelConfig};
+use crate::ops::{
+    Linear, add_in_place, apply_rope, rms_norm, rms_norm_backward, rope_backward, swiglu,
+    swiglu_backward,
+};
+
+#[derive(Debug, Clone)]
+pub(super) struct Layer {
+    pub(super) input_norm: Tensor,
+    pub(super) q: Linear,
+    pub(super) k: Linear,
+    pub(super) v: Linear,
+    pub(super) o: Linear,
+    pub(super) q_norm: Option<Tensor>,
+    pub(super) k_norm: Option<Tensor>,
+    pub(super) post_norm: Tensor,
+    pub(super) gate: Linear,
+    pub(super) up: Linear,
+    pub(super) down: Linear,
+}
+
+/// Rotary angles of a pass: cosines and sines, each `[tokens, head_dim / 2]`.
+#[derive(Debug, Clone)]
+pub(crate) struct Angles {
+    pub cos: Tensor,
+    pub sin: Tensor,
+}
+
+/// The only tokens whose output is wanted of a layer; all others are keys and values to them.
+#[derive(Debug, Clone)]
+pub(crate) struct Chosen {
+    /// Which tokens, ascending.
+    pub rows: Vec<u32>,
+    pub index: Tensor,
+    /// Of these tokens.
+    pub angles: Angles,
+}
+
+/// What the gradient of a layer is computed from. Norms and the gated activation are not kept: they cost
+/// little to compute again.
+#[derive(Debug)]
+pub(crate) struct Trace {
+    /// `[tokens, hidden]`.
+    pub hidden: Tensor,
+    /// Queries and keys before their norm, if they have one.
+    unnormed: Option<(Tensor, Tensor)>,
+    /// What the attention took and gave, each `[.., heads, head_dim]`.
+    pub q: Tensor,
+    pub k: Tensor,
+    pub v: Tensor,
+    pub attention: Tensor,
+    /// Hidden states between the layer's halves.
+    middle: Tensor,
+    gate: Tensor,
+    up: Tensor,
+}
+
+/// Takes the gradient of what the attention gave to those of its queries, keys and values; none if nothing
+/// before them is learned.
+pub(crate) type AttendBackward<'a> =
+    &'a mut dyn FnMut(&Trace, &[f32]) -> Result<Option<[Vec<f32>; 3]>>;
+
+impl Layer {
+    /// Hidden states `[tokens, hidden]`, of the chosen tokens or of all, and how they came about.
+    pub fn forward(
+        &self,
+        config: &ModelConfig,
+        index: usize,
+        hidden: &Tensor,
+        angles: &Angles,
+        chosen: Option<&Chosen>,
+        attend: &mut dyn Attend,
+    ) -> Result<(Tensor, Trace)> {
+        let eps = config.rms_norm_eps;
+        let heads = |x: Tensor, heads| x.reshape(((), heads, config.head_dim));
+        let pick = |x: &Tensor| chosen.map_or(Ok(x.clone()), |c| x.index_select(&c.index, 0));
+        let x = rms_norm(hidden, &self.input_norm, eps)?;
+        let k = heads(self.k.forward(&x)?, config.kv_heads)?;
+        let v = heads(self.v.forward(&x)?, config.kv_heads)?;
+        let q = heads(self.q.forward(&pick(&x)?)?, config.heads)?;
+        drop(x);
+        let (q, k, unnormed) = match (&self.q_norm, &self.k_norm) {
+            (None, None) => (q, k, None),
+            (q_norm, k_norm) => {
+                let unnormed = Some((q.clone(), k.clone()));
+                (normed(q, q_norm.as_ref(), eps)?, normed(k, k_norm.as_ref(), eps)?, unnormed)
+            }
+        };
+        let q_angles = chosen.map_or(angles, |chosen| &chosen.angles);
+        let q = apply_rope(&q, &q_angles.cos, &q_angles.sin)?;
+        let k = apply_rope(&k, &angles.cos, &angles.sin)?;
+        let attention = attend.attend(index, &q, &k, &v)?;
+        let flat = attention.reshape(((), config.heads * config.head_dim))?;
+        let middle = add_in_place(self.o.forward(&flat)?, &pick(hidden)?)?;
+        let x = rms_norm(&middle, &self.post_norm, eps)?;
+        let (gate, up) = (self.gate.forward(&x)?, self.up.forward(&x)?);
+        drop(x);
+        let output = add_in_place(self.down.forward(&swiglu(&gate, &up)?)?, &middle)?;
+        let hidden = hidden.clone();
+        Ok((output, Trace { hidden, unnormed, q, k, v, attention, middle, gate, up }))
+    }
+
+    /// From the gradient of the output to that of the input, `[tokens, hidden]`; `None` if `attend` says that
+    /// nothing before it is learned.
+    pub fn backward(
+        &self,
+        config: &ModelConfig,
+        mut trace: Trace,
+        angles: &Angles,
+        chosen: Option<&Chosen>,
+        mut grad: Vec<f32>,
+        attend: AttendBackward<'_>,
+    ) -> Result<Option<Vec<f32>>> {
+        let eps = config.rms_norm_eps;
+        let (gate, up) = swiglu_backward(&trace.gate, &trace.up, self.down.backward(&grad)?)?;
+        let mut x = self.gate.backward(&gate)?;
+        self.up.backward_add(&up, &mut x)?;
+        drop((gate, up));
+        rms_norm_backward(&trace.middle, &self.post_norm, eps, &x, &mut grad)?;
+        let attention = self.o.backward(&grad)?;
+        let Some([mut q, mut k, v]) = attend(&trace, &attention)? else {
+            return Ok(None);
+        };
+        drop(attention);
+        let q_angles = chosen.map_or(angles, |chosen| &chosen.angles);
+        rope_backward(&mut q, &q_angles.cos, &q_angles.sin, config.heads)?;
+        rope_backward(&mut k, &angles.cos, &angles.sin, config.kv_heads)?;
+        if let Some((q_before, k_before)) = trace.unnormed.take() {
+            q = normed_backward(&q_before, self.q_norm.as_ref(), eps, q)?;
+            k = normed_backward(&k_before, self.k_norm.as_ref(), eps, k)?;
+        }
+        let mut x = self.k.backward(&k)?;
+        self.v.backward_add(&v, &mut x)?;
+        match chosen {
+            None => self.q.backward_add(&q, &mut x)?,
+            Some(chosen) => {
+                add_rows(&self.q.backward(&q)?, &chosen.rows, config.hidden_size, &mut x);
+                let mut all = vec![0f32; x.len()];
+                add_rows(&grad, &chosen.rows, config.hidden_size, &mut all);
+                grad = all;
+            }
+        }
+        rms_norm_backward(&trace.hidden, &self.input_norm, eps, &x, &mut grad)?;
+        Ok(Some(grad))
+    }
+}
+
+/// Adds row `i` of `from` to row `rows[i]` of `to`.
+fn add_rows(from: &[f32], rows: &[u32], width: usize, to: &mut [f32]) {
+    for (row, from) in rows.iter().zip(from.chunks_exact(width)) {
+        let to = &mut to[*row as usize * width..][..width];
+        to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+    }
+}
+
+/// Qwen3 normalises queries and keys per head before RoPE.
+fn normed(x: Tensor, weight: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+    weight.map_or(Ok(x.clone()), |weight| rms_norm(&x, weight, eps))
+}
+
+fn normed_backward(
+    before: &Tensor,
+    weight: Option<&Tensor>,
+    eps: f64,
+    grad: Vec<f32>,
+) -> Result<Vec<f32>> {
+    let Some(weight) = weight else { return Ok(grad) };
+    let mut to = vec![0f32; grad.len()];
+    rms_norm_backward(before, weight, eps, &grad, &mut to)?;
+    Ok(to)
+}
+
+impl Chosen {
+    /// Of a pass with `angles`: `rows` must ascend.
+    pub fn new(rows: Vec<u32>, angles: &Angles) -> Result<Self> {
+        let index = Tensor::new(rows.as_slice(), angles.cos.device())?;
+        let select = |tensor: &Tensor| tensor.index_select(&index, 0);
+        let angles = Angles { cos: select(&angles.cos)?, sin: select(&angles.sin)? };
+        Ok(Self { rows, index, angles })
+    }
+}

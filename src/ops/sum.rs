@@ -1,0 +1,65 @@
+//! Sums of tensors.
+
+use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor};
+use rayon::prelude::*;
+
+use super::contiguous_f32;
+
+/// Elements per parallel task: below this the work is cheaper than handing it over.
+const GRAIN: usize = 1 << 15;
+
+/// `x + y`, written to the place of `x`, which nobody else may hold; both of the same shape.
+///
+/// candle's own sum makes a third tensor, and on the CPU wakes a pool of threads that wait for one another
+/// without sleeping, a sixth of the processor time of a training step.
+pub fn add_in_place(x: Tensor, y: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return x + y;
+    }
+    x.inplace_op2(y, &Add)?;
+    Ok(x)
+}
+
+struct Add;
+
+impl InplaceOp2 for Add {
+    fn name(&self) -> &'static str {
+        "add_in_place"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &mut CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<()> {
+        let y = contiguous_f32(self.name(), s2, l2)?;
+        let x = match (s1, l1.contiguous_offsets()) {
+            (CpuStorage::F32(x), Some((start, end))) if l1.dims() == l2.dims() => {
+                &mut x[start..end]
+            }
+            _ => candle_core::bail!("add_in_place: {l1:?} and {l2:?} in f32"),
+        };
+        x.par_chunks_mut(GRAIN).zip(y.par_chunks(GRAIN)).for_each(|(x, y)| {
+            x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+        });
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    #[test]
+    fn equals_candles_sum_and_refuses_other_shapes() -> Result<()> {
+        let random = |rows| Tensor::randn(0f32, 1f32, (rows, 1000), &Device::Cpu);
+        let (x, y) = (random(70)?, random(70)?);
+        let want = (&x + &y)?.to_vec2::<f32>()?;
+        assert_eq!(add_in_place(x.copy()?, &y)?.to_vec2::<f32>()?, want);
+        assert!(add_in_place(x, &random(7)?).is_err());
+        Ok(())
+    }
+}
