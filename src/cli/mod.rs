@@ -8,6 +8,7 @@ mod bench;
 mod cartridge;
 mod chat;
 mod config;
+mod device;
 mod error;
 mod eval;
 mod runtime;

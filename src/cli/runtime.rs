@@ -3,12 +3,11 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::CliError;
+use super::{CliError, device};
 use crate::api::ServedModel;
 use crate::cartridge::{Registry, RegistryOptions, read_cartridge_bytes};
 use crate::engine::{EngineHandle, EngineOptions};
@@ -30,6 +29,10 @@ pub struct RuntimeOptions {
     /// Quantise safetensors weights while loading: q8_0 or q4_k
     #[arg(long, env = "CARTOUCHE_QUANTIZE")]
     pub quantize: Option<String>,
+    /// auto, cpu, cuda or cuda:N. A GPU computes in bf16, in programs built with --features cuda
+    /// [default: auto: the first GPU if there is one]
+    #[arg(long, env = "CARTOUCHE_DEVICE")]
+    pub device: Option<String>,
     /// Threads that compute [default: the cores this process may use]
     #[arg(long, env = "CARTOUCHE_THREADS")]
     pub threads: Option<usize>,
@@ -88,6 +91,7 @@ impl RuntimeOptions {
         Ok(LoadOptions {
             quantize: quantize.map_err(|e| CliError::Usage(format!("--quantize: {e}")))?,
             name: self.served_model_name.clone(),
+            placement: device::placement(self.device.as_deref().unwrap_or("auto"))?,
         })
     }
 
@@ -102,6 +106,22 @@ impl RuntimeOptions {
             .num_threads(threads)
             .build_global()
             .map_err(|e| CliError::Usage(format!("--threads {threads}: {e}")))
+    }
+
+    /// For commands whose gradients are the CPU's: keeps them there.
+    ///
+    /// # Errors
+    /// Another device was asked for.
+    pub fn on_cpu(&mut self) -> Result<(), CliError> {
+        match self.device.get_or_insert_with(|| "cpu".to_owned()).as_str() {
+            "cpu" | "auto" => {
+                self.device = Some("cpu".to_owned());
+                Ok(())
+            }
+            other => Err(CliError::Usage(format!(
+                "--device {other}: this command computes on the CPU in this version; leave the option out"
+            ))),
+        }
     }
 
     fn engine_options(&self) -> EngineOptions {
@@ -125,7 +145,8 @@ impl RuntimeOptions {
     /// Loads the model, starts its engine and opens the registry; the demo model brings its cartridges.
     pub fn start(&self) -> Result<Runtime, CliError> {
         let source = self.source()?;
-        let loaded = model::load(&source, &self.load_options()?)?;
+        let options = self.load_options()?;
+        let loaded = model::load(&source, &options)?;
         let config = loaded.decoder.config().clone();
         let weight_bytes = loaded.decoder.weight_bytes();
         let registry = Registry::new(RegistryOptions {
@@ -135,8 +156,8 @@ impl RuntimeOptions {
             rope_theta: Some(config.rope_theta),
             rope_scaling: config.rope_scaling_json.clone(),
             max_positions: config.max_positions,
-            device: Device::Cpu,
-            dtype: DType::F32,
+            device: options.placement.device,
+            dtype: options.placement.dtype,
             byte_budget: self
                 .cartridge_budget_mib
                 .map_or(limits::DEFAULT_CARTRIDGE_BUDGET_BYTES, mib),

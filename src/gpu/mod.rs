@@ -7,6 +7,8 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 mod launch;
+#[cfg(feature = "cuda")]
+pub(crate) mod ops;
 mod step_attention;
 
 #[cfg(feature = "cuda")]

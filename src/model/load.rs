@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::gguf::GgufFile;
 use super::source::ModelFiles;
-use super::weights::{FileBytes, SafetensorsReader, build};
+use super::weights::{FileBytes, Placed, Placement, SafetensorsReader, build};
 use super::{Decoder, ModelConfig, ModelError, ModelSource};
 use crate::text::{ChatTemplate, TextError, Tokenizer};
 
@@ -47,6 +47,7 @@ pub struct LoadOptions {
     pub quantize: Option<Quantize>,
     /// Name to serve the model under instead of [`ModelSource::default_name`].
     pub name: Option<String>,
+    pub placement: Placement,
 }
 
 /// Everything a server needs to know of one model.
@@ -67,6 +68,13 @@ pub struct LoadedModel {
 /// # Errors
 /// [`ModelError`] for files that are missing, broken or of a kind that would be computed wrongly.
 pub fn load(source: &ModelSource, options: &LoadOptions) -> Result<LoadedModel, ModelError> {
+    if options.quantize.is_some() && !options.placement.device.is_cpu() {
+        return Err(ModelError::Unsupported {
+            file: source.default_name(),
+            what: "--quantize on a GPU".to_owned(),
+            hint: "weights are bf16 there; drop the option, or take --device cpu".to_owned(),
+        });
+    }
     let files = source.files()?;
     let name = options.name.clone().unwrap_or_else(|| source.default_name());
     match source.gguf(&files)? {
@@ -75,8 +83,8 @@ pub fn load(source: &ModelSource, options: &LoadOptions) -> Result<LoadedModel, 
             what: "--quantize on a GGUF file".to_owned(),
             hint: "its weights are quantised as they are; drop the option".to_owned(),
         }),
-        Some(path) => load_gguf(name, &GgufFile::open(&path)?, &files),
-        None => load_safetensors(name, &files, options.quantize),
+        Some(path) => load_gguf(name, &GgufFile::open(&path)?, &files, &options.placement),
+        None => load_safetensors(name, &files, options),
     }
 }
 
@@ -87,7 +95,7 @@ pub fn load(source: &ModelSource, options: &LoadOptions) -> Result<LoadedModel, 
 fn load_safetensors(
     name: String,
     files: &ModelFiles,
-    quantize: Option<Quantize>,
+    options: &LoadOptions,
 ) -> Result<LoadedModel, ModelError> {
     let tokenizer_config = read_json(files, "tokenizer_config.json")?;
     let chat_template = neighbour_template(files, &tokenizer_config)?;
@@ -103,13 +111,18 @@ fn load_safetensors(
         eos_token_ids = read_eos_ids(&parse_json(&config_json, &files.describe("config.json"))?);
     }
     eos_token_ids.extend(template_eos(&tokenizer_config, &tokenizer));
-    let decoder = safetensors_decoder(files, config, quantize)?;
+    let decoder = safetensors_decoder(files, config, options.quantize, &options.placement)?;
     Ok(assemble(name, decoder, tokenizer, chat_template, eos_token_ids))
 }
 
 /// A `.gguf` file. What it carries itself is what its weights were made with; the files beside it may
 /// belong to another model, so they only fill gaps.
-fn load_gguf(name: String, gguf: &GgufFile, files: &ModelFiles) -> Result<LoadedModel, ModelError> {
+fn load_gguf(
+    name: String,
+    gguf: &GgufFile,
+    files: &ModelFiles,
+    placement: &Placement,
+) -> Result<LoadedModel, ModelError> {
     let (tokenizer, tokenizer_file) = match gguf.tokenizer() {
         Ok(tokenizer) => (tokenizer, gguf.name().to_owned()),
         Err(unsupported @ ModelError::Unsupported { .. }) => {
@@ -132,7 +145,10 @@ fn load_gguf(name: String, gguf: &GgufFile, files: &ModelFiles) -> Result<Loaded
         let tokenizer_config = read_json(files, "tokenizer_config.json")?;
         eos_token_ids.extend(template_eos(&tokenizer_config, &tokenizer));
     }
-    let decoder = build(gguf.config(), gguf)?;
+    let decoder = match placement.device.is_cpu() {
+        true => build(gguf.config(), gguf)?,
+        false => build(gguf.config(), &Placed { reader: gguf, placement })?,
+    };
     Ok(assemble(name, decoder, tokenizer, chat_template, eos_token_ids))
 }
 
@@ -165,7 +181,7 @@ pub fn load_decoder(
         None => {
             let config = files.require("config.json")?;
             let config = ModelConfig::from_json(&config, &files.describe("config.json"))?;
-            safetensors_decoder(&files, config, quantize)
+            safetensors_decoder(&files, config, quantize, &Placement::default())
         }
     }
 }
@@ -219,9 +235,10 @@ fn safetensors_decoder(
     files: &ModelFiles,
     config: ModelConfig,
     quantize: Option<Quantize>,
+    placement: &Placement,
 ) -> Result<Decoder, ModelError> {
     let shards = safetensors_files(files)?;
-    build(config, &SafetensorsReader::new(&shards, quantize)?)
+    build(config, &SafetensorsReader::new(&shards, quantize, placement)?)
 }
 
 /// An optional JSON file; an empty object if the model has none of that name.

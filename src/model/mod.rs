@@ -21,3 +21,4 @@ pub(crate) use layer::{Angles, Chosen, Trace};
 pub use load::{LoadOptions, LoadedModel, Quantize, load, load_decoder};
 pub use prefill::prefill;
 pub use source::ModelSource;
+pub use weights::Placement;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -13,6 +13,20 @@ use super::layer::Layer;
 use super::{ModelConfig, ModelError, Quantize};
 use crate::ops::memory::Pages;
 use crate::ops::{Linear, Matrix, RopeTable};
+
+/// Where weights lie, and as what: in f32 on the CPU.
+#[derive(Debug, Clone)]
+pub struct Placement {
+    pub device: Device,
+    /// Of weights, hidden states, keys and values.
+    pub dtype: DType,
+}
+
+impl Default for Placement {
+    fn default() -> Self {
+        Self { device: Device::Cpu, dtype: DType::F32 }
+    }
+}
 
 /// Named weights, addressed as in a Hugging Face checkpoint (`model.layers.0.mlp.up_proj.weight`).
 pub(super) trait WeightReader {
@@ -104,6 +118,31 @@ pub(super) fn build(config: ModelConfig, reader: &dyn WeightReader) -> Result<De
     })
 }
 
+/// Weights of another reader, dequantised and put where the placement wants them.
+pub(super) struct Placed<'a> {
+    pub reader: &'a dyn WeightReader,
+    pub placement: &'a Placement,
+}
+
+impl WeightReader for Placed<'_> {
+    fn vector(&self, name: &str, len: usize) -> Result<Option<Tensor>, ModelError> {
+        let Placement { device, dtype } = self.placement;
+        let vector = self.reader.vector(name, len)?;
+        Ok(vector.map(|vector| vector.to_dtype(*dtype)?.to_device(device)).transpose()?)
+    }
+
+    fn matrix(&self, name: &str, shape: (usize, usize)) -> Result<Option<Matrix>, ModelError> {
+        let Placement { device, dtype } = self.placement;
+        let Some(matrix) = self.reader.matrix(name, shape)? else { return Ok(None) };
+        let dense = matrix.to_dense(&Device::Cpu)?.to_dtype(*dtype)?.to_device(device)?;
+        Ok(Some(Matrix::dense(&dense)?))
+    }
+
+    fn rope_divisors(&self) -> Result<Option<Vec<f32>>, ModelError> {
+        self.reader.rope_divisors()
+    }
+}
+
 /// The bytes of one safetensors file: mapped from disk, or built in.
 pub(super) enum FileBytes {
     Mapped(memmap2::Mmap),
@@ -120,11 +159,12 @@ impl std::ops::Deref for FileBytes {
     }
 }
 
-/// Weights of one or several safetensors files, converted to f32 and optionally quantised as they are read.
+/// Weights of one or several safetensors files, as their placement wants them, or quantised, as they are read.
 pub(super) struct SafetensorsReader<'a> {
     /// Name to (tensor, the file it lies in).
     tensors: HashMap<String, (TensorView<'a>, &'a FileBytes)>,
     quantize: Option<Quantize>,
+    placement: &'a Placement,
 }
 
 impl<'a> SafetensorsReader<'a> {
@@ -132,6 +172,7 @@ impl<'a> SafetensorsReader<'a> {
     pub fn new(
         files: &'a [(String, FileBytes)],
         quantize: Option<Quantize>,
+        placement: &'a Placement,
     ) -> Result<Self, ModelError> {
         let mut tensors = HashMap::new();
         for (name, bytes) in files {
@@ -143,7 +184,7 @@ impl<'a> SafetensorsReader<'a> {
                 tensors.insert(tensor, (view, bytes));
             }
         }
-        Ok(Self { tensors, quantize })
+        Ok(Self { tensors, quantize, placement })
     }
 
     /// A tensor of this shape and of a type that can be read, and its file.
@@ -182,10 +223,27 @@ impl<'a> SafetensorsReader<'a> {
         release(file, bytes);
         Ok(Some(values))
     }
+
+    /// A weight on another device than the CPU, copied there as it lies in the file.
+    fn placed(&self, name: &str, shape: &[usize]) -> Result<Option<Tensor>, ModelError> {
+        let Some((view, file)) = self.find(name, shape)? else { return Ok(None) };
+        let dtype = match view.dtype() {
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            _ => DType::BF16,
+        };
+        let Placement { device, dtype: wanted } = self.placement;
+        let tensor = Tensor::from_raw_buffer(view.data(), dtype, shape, device)?;
+        release(file, view.data());
+        Ok(Some(tensor.to_dtype(*wanted)?))
+    }
 }
 
 impl WeightReader for SafetensorsReader<'_> {
     fn vector(&self, name: &str, len: usize) -> Result<Option<Tensor>, ModelError> {
+        if !self.placement.device.is_cpu() {
+            return self.placed(name, &[len]);
+        }
         let Some(values) = self.f32(name, &[len])? else { return Ok(None) };
         Ok(Some(Tensor::from_slice(&values, len, &Device::Cpu)?))
     }
@@ -195,6 +253,10 @@ impl WeightReader for SafetensorsReader<'_> {
         name: &str,
         (rows, columns): (usize, usize),
     ) -> Result<Option<Matrix>, ModelError> {
+        if !self.placement.device.is_cpu() {
+            let placed = self.placed(name, &[rows, columns])?;
+            return Ok(placed.as_ref().map(Matrix::dense).transpose()?);
+        }
         let Some(quantize) = self.quantize else {
             let Some((view, file)) = self.find(name, &[rows, columns])? else { return Ok(None) };
             let (bytes, dtype) = (view.data(), view.dtype());

@@ -49,6 +49,17 @@ impl CustomOp2 for RmsNorm {
         );
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &candle_core::CudaStorage,
+        l1: &Layout,
+        s2: &candle_core::CudaStorage,
+        l2: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        crate::gpu::ops::rms_norm((s1, l1), (s2, l2), self.eps)
+    }
 }
 
 /// Adds the gradient of [`rms_norm`]'s `x` to `to`, given `grad` with respect to its result; all of them

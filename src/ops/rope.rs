@@ -139,6 +139,19 @@ impl CustomOp3 for Rope {
         });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &candle_core::CudaStorage,
+        l1: &Layout,
+        s2: &candle_core::CudaStorage,
+        l2: &Layout,
+        s3: &candle_core::CudaStorage,
+        l3: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        crate::gpu::ops::rope((s1, l1), (s2, l2), (s3, l3))
+    }
 }
 
 /// Takes a gradient `[tokens, heads, head_dim]` of [`apply_rope`]'s result to one of its `x`, in place: the

@@ -40,6 +40,17 @@ impl CustomOp2 for SwiGlu {
             .for_each(|((out, gate), up)| activate(out, gate, up));
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &candle_core::CudaStorage,
+        l1: &Layout,
+        s2: &candle_core::CudaStorage,
+        l2: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        crate::gpu::ops::swiglu((s1, l1), (s2, l2))
+    }
 }
 
 fn activate(out: &mut [f32], gate: &[f32], up: &[f32]) {

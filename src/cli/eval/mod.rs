@@ -125,10 +125,11 @@ struct Asked {
     answers: Vec<Answered>,
 }
 
-pub fn run(args: EvalArgs) -> Result<(), CliError> {
+pub fn run(mut args: EvalArgs) -> Result<(), CliError> {
     if args.runtime.model.as_deref().is_some_and(|model| model != "demo") {
         return Err(CliError::Usage("--demo evaluates the demo model; drop --model".to_owned()));
     }
+    args.runtime.on_cpu()?;
     args.runtime.set_threads()?;
     let runtime = args.runtime.start()?;
     let asked = evaluate(&runtime)?;

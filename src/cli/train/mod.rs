@@ -63,7 +63,9 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
         serde_json::to_value(TrainFlags::default()),
     ];
     file.check_keys(&known.map(|value| value.unwrap_or_default()))?;
-    let (flags, options) = (file.complete(&args.train)?, file.complete(&args.runtime)?);
+    let flags: TrainFlags = file.complete(&args.train)?;
+    let mut options: RuntimeOptions = file.complete(&args.runtime)?;
+    options.on_cpu()?;
     let data: DataFlags = file.complete(&args.data)?;
     // Wrong values are told before the model is loaded.
     flags.trainer(1, data.seed())?;

@@ -1,0 +1,43 @@
+//! `--device`: where the model computes.
+
+use super::CliError;
+use crate::model::Placement;
+
+/// `auto`, `cpu`, `cuda` or `cuda:N`.
+///
+/// # Errors
+/// Another word, or a GPU that this program or this machine does not have.
+pub fn placement(name: &str) -> Result<Placement, CliError> {
+    match name {
+        "auto" => Ok(gpu(0).unwrap_or_else(|reason| {
+            tracing::info!(reason, "computing on the CPU");
+            Placement::default()
+        })),
+        "cpu" => Ok(Placement::default()),
+        _ => {
+            let index = match name.strip_prefix("cuda") {
+                Some("") => Some(0),
+                Some(rest) => rest.strip_prefix(':').and_then(|index| index.parse().ok()),
+                None => None,
+            };
+            let bad = || CliError::Usage(format!("--device {name}: not auto, cpu, cuda or cuda:N"));
+            let index = index.ok_or_else(bad)?;
+            gpu(index).map_err(|reason| CliError::Usage(format!("--device {name}: {reason}")))
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn gpu(index: usize) -> Result<Placement, String> {
+    use candle_core::{DType, Device};
+    let device = Device::new_cuda(index).map_err(|e| format!("cannot be used: {e}"))?;
+    let Device::Cuda(cuda) = &device else { return Err("is no GPU".to_owned()) };
+    // Kernels that do not fit this GPU are told here, not with the first request.
+    crate::gpu::CudaKernels::of(cuda).map_err(|e| e.to_string())?;
+    Ok(Placement { device, dtype: DType::BF16 })
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu(_: usize) -> Result<Placement, String> {
+    Err("this program was built without --features cuda".to_owned())
+}
