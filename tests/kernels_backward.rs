@@ -2,8 +2,8 @@
 
 mod kernels_support;
 
-use candle_core::{Device, Tensor, Var};
-use cartouche::ops::attention::prefix_attention;
+use candle_core::{Device, Tensor};
+use cartouche::ops::attention::{Heads, PackedAttention, PackedKv};
 use half::{bf16, f16};
 use kernels_support::{Buffer, Library, Number, Random, Shape, Side, check_one, shape};
 
@@ -369,23 +369,28 @@ fn gradients_as_in_the_crate<T: Number>() -> candle_core::Result<()> {
     let inputs = case.inputs::<T>(&mut Random::new(5));
     case.forward(&inputs, 7);
     let got = case.run(&inputs, 6);
-    let mut vars = Vec::new();
+    let mut tensors = Vec::new();
     for (tensor, shape) in inputs.tensors.iter().zip(case.shapes()) {
         let mut numbers = tensor.read();
         if shape.1 == case.prefix {
             let heads = numbers.chunks(inputs.prefix_stride);
             numbers = heads.flat_map(|head| head[..shape.1 * shape.2].to_vec()).collect();
         }
-        vars.push(Var::from_tensor(&Tensor::from_vec(wide(&numbers), shape, &Device::Cpu)?)?);
+        tensors.push(Tensor::from_vec(wide(&numbers), shape, &Device::Cpu)?);
     }
     let cu_seqlens: Vec<u32> = case.cu_seqlens().iter().map(|end| *end as u32).collect();
-    let [q, k, v, keys, values] = &vars[..] else { unreachable!() };
-    let out = prefix_attention(q, k, v, keys, values, &cu_seqlens, SCALE)?;
-    let d_out = Tensor::from_vec(wide(&inputs.d_out.read()), case.shapes()[0], &Device::Cpu)?;
-    let gradients = (out * d_out)?.sum_all()?.backward()?;
+    let [q, k, v, keys, values] = &tensors[..] else { unreachable!() };
+    let Shape { heads, kv_heads, dim } = case.shape;
+    let queries: Vec<u32> = (0..q.dim(0)? as u32).collect();
+    let heads = Heads { heads, kv_heads, head_dim: dim };
+    let attention = PackedAttention::new(&cu_seqlens, &queries, heads, SCALE)?;
+    let kv = PackedKv { k, v, prefix: Some((keys, values)) };
+    let (out, sums) = attention.forward(q, kv)?;
+    let d_out = wide(&inputs.d_out.read());
+    let want = attention.backward(q, kv, (&out, &sums), &d_out, true)?;
+    let want = want.own.unwrap().into_iter().chain([want.prefix_keys, want.prefix_values]);
     let got = got.own.iter().map(|own| wide(own)).chain(got.prefix);
-    for ((var, got), name) in vars.iter().zip(got).zip(NAMES) {
-        let want = gradients.get(var).unwrap().flatten_all()?.to_vec1::<f32>()?;
+    for ((want, got), name) in want.zip(got).zip(NAMES) {
         assert_eq!(got.len(), want.len());
         let square = |x: f32| f64::from(x) * f64::from(x);
         let error: f64 = want.iter().zip(&got).map(|(want, got)| square(want - got)).sum();

@@ -4,6 +4,8 @@
 //! the merge reads the slots of a row and writes its output. Which row has which slots is the same in all
 //! layers, so a step is planned once and its indices are copied to the device once.
 
+use std::collections::BTreeMap;
+
 use candle_core::{DType, Result};
 
 use super::launch::{Arg, Launch};
@@ -89,6 +91,14 @@ struct Shared {
     slots: usize,
 }
 
+/// The same while it is gathered.
+#[derive(Default)]
+struct Group {
+    tokens: usize,
+    row_ids: Vec<i32>,
+    slots: Vec<i32>,
+}
+
 /// Sequences and their own blocks. For decoding `lengths` are the keys seen, for prefilling the tokens
 /// before the first row; `rows_at` are row ids, or `cu_seqlens`. All as positions in `indices`.
 #[derive(Debug)]
@@ -151,8 +161,8 @@ impl StepAttention {
     /// Gives every row its slots: the parts of its cartridges, in their order, then its own. Returns the own
     /// slots of the rows of each sequence.
     fn assign_slots(&mut self, sequences: &[QuerySequence<'_>]) -> Vec<Vec<i32>> {
-        // Rows of each (cartridge, place in the list of its sequence); a cartridge named twice is two.
-        let mut groups: Vec<(usize, usize, Vec<(i32, i32)>)> = Vec::new();
+        // A sequence that names a cartridge twice is in its rows twice.
+        let mut groups: BTreeMap<usize, Group> = BTreeMap::new();
         let mut first = Vec::with_capacity(self.rows + 1);
         let mut own = Vec::with_capacity(sequences.len());
         let mut row = 0;
@@ -161,14 +171,10 @@ impl StepAttention {
             for _ in 0..sequence.rows {
                 first.push(self.slots as i32);
                 for (cartridge, tokens) in sequence.cartridges {
-                    let group = match groups.iter().position(|(id, _, _)| id == cartridge) {
-                        Some(group) => group,
-                        None => {
-                            groups.push((*cartridge, *tokens, Vec::new()));
-                            groups.len() - 1
-                        }
-                    };
-                    groups[group].2.push((row, self.slots as i32));
+                    let group = groups.entry(*cartridge).or_default();
+                    group.tokens = *tokens;
+                    group.row_ids.push(row);
+                    group.slots.push(self.slots as i32);
                     self.slots += parts(*tokens);
                 }
                 of_rows.push(self.slots as i32);
@@ -182,10 +188,9 @@ impl StepAttention {
         }
         first.push(self.slots as i32);
         self.first = self.add(first);
-        for (cartridge, tokens, rows) in groups {
-            let (row_ids, slots): (Vec<i32>, Vec<i32>) = rows.iter().copied().unzip();
+        for (cartridge, Group { tokens, row_ids, slots }) in groups {
+            let rows = row_ids.len();
             let (row_ids, slots) = (self.add(row_ids), self.add(slots));
-            let rows = rows.len();
             self.shared.push(Shared { cartridge, tokens, rows, row_ids, slots });
         }
         own

@@ -1,7 +1,7 @@
 //! Packed attention against its twin, and against the CPU backend's.
 
-use candle_core::{DType, Device, Result, Tensor};
-use cartouche::ops::attention::prefix_attention;
+use candle_core::{Device, Result, Tensor};
+use cartouche::ops::attention::{Heads, PackedAttention, PackedKv};
 use half::{bf16, f16};
 
 use crate::kernels_support::{Buffer, Expected, Library, Number, Random, Shape, check_one, shape};
@@ -105,18 +105,16 @@ impl<T: Number> Packed<T> {
             Tensor::from_vec(wide, shape, &Device::Cpu)
         };
         let cu_seqlens: Vec<u32> = cumulative(&self.lengths).iter().map(|at| *at as u32).collect();
-        prefix_attention(
-            &tensor(&self.q, (tokens, heads, dim))?,
-            &tensor(&self.k, (tokens, kv_heads, dim))?,
-            &tensor(&self.v, (tokens, kv_heads, dim))?,
-            &tensor(&self.prefix_k, (kv_heads, self.prefix, dim))?,
-            &tensor(&self.prefix_v, (kv_heads, self.prefix, dim))?,
-            &cu_seqlens,
-            SCALE,
-        )?
-        .to_dtype(DType::F32)?
-        .flatten_all()?
-        .to_vec1()
+        let (q, k) =
+            (tensor(&self.q, (tokens, heads, dim))?, tensor(&self.k, (tokens, kv_heads, dim))?);
+        let v = tensor(&self.v, (tokens, kv_heads, dim))?;
+        let keys = tensor(&self.prefix_k, (kv_heads, self.prefix, dim))?;
+        let values = tensor(&self.prefix_v, (kv_heads, self.prefix, dim))?;
+        let all: Vec<u32> = (0..tokens as u32).collect();
+        let heads = Heads { heads, kv_heads, head_dim: dim };
+        let attention = PackedAttention::new(&cu_seqlens, &all, heads, SCALE)?;
+        let kv = PackedKv { k: &k, v: &v, prefix: Some((&keys, &values)) };
+        attention.forward(&q, kv)?.0.flatten_all()?.to_vec1()
     }
 }
 
