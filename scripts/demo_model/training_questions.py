@@ -17,8 +17,8 @@ import world
 
 DOCUMENTS = pathlib.Path(__file__).resolve().parents[2] / "assets" / "demo" / "documents"
 # Questions about strangers, and about unknown attributes.
-STRANGERS = 640
-UNKNOWN = 256
+STRANGERS = 1600
+UNKNOWN = 512
 NAMES = {attribute.name: attribute for attribute in world.ATTRIBUTES}
 
 
