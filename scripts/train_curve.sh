@@ -14,7 +14,7 @@ trap 'rm -rf "$work"' EXIT
 echo "tokens,teacher,no_cartridge,cartridge,loss,kl,seconds" > "$csv"
 for tokens in "$@"; do
     start=$(date +%s)
-    "$cartouche" train --config "$root/configs/train-demo.yaml" --tokens "$tokens" --run-dir "$work/$tokens" --epochs 20 --max-optimizer-steps 1600 \
+    "$cartouche" train --config "$root/configs/train-demo.yaml" --tokens "$tokens" --run-dir "$work/$tokens" \
         --cartridge-dir "$work/cartridges"
     python3 - "$work/$tokens/metrics.jsonl" "$tokens" $(($(date +%s) - start)) >> "$csv" <<'PY'
 import json, sys
