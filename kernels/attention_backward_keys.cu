@@ -205,10 +205,4 @@ __device__ __forceinline__ void backward_prefix(const typename B::T *q, const ty
     }                                                                                                           \
     KERNEL(attention_backward_prefix_##T##_d##D, (KeyBlock<T, D>::THREADS), (KeyBlock<T, D>::SHARED_BYTES))
 
-INSTANCE(bf16, 16)
-INSTANCE(bf16, 32)
-INSTANCE(bf16, 64)
-INSTANCE(bf16, 96)
-INSTANCE(bf16, 128)
-INSTANCE(bf16, 256)
-INSTANCE(f16, 64)
+EVERY_HEAD_DIM(INSTANCE)

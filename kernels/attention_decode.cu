@@ -135,10 +135,4 @@ __device__ __forceinline__ void attention_decode(const typename C::T *q, const t
     }                                                                                              \
     KERNEL(attention_decode_##T##_d##D, (Decode<T, D>::THREADS), (Decode<T, D>::SHARED_BYTES))
 
-INSTANCE(bf16, 16)
-INSTANCE(bf16, 32)
-INSTANCE(bf16, 64)
-INSTANCE(bf16, 96)
-INSTANCE(bf16, 128)
-INSTANCE(bf16, 256)
-INSTANCE(f16, 64)
+EVERY_HEAD_DIM(INSTANCE)

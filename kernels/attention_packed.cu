@@ -70,10 +70,4 @@ __device__ __forceinline__ void attention_packed(const typename B::T *q, const t
     }                                                                                                  \
     KERNEL(attention_packed_##T##_d##D, (Block<T, D>::THREADS), (Block<T, D>::SHARED_BYTES))
 
-INSTANCE(bf16, 16)
-INSTANCE(bf16, 32)
-INSTANCE(bf16, 64)
-INSTANCE(bf16, 96)
-INSTANCE(bf16, 128)
-INSTANCE(bf16, 256)
-INSTANCE(f16, 64)
+EVERY_HEAD_DIM(INSTANCE)

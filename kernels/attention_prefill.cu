@@ -61,10 +61,4 @@ __device__ __forceinline__ void attention_prefill(const typename B::T *q, const 
     }                                                                                                    \
     KERNEL(attention_prefill_##T##_d##D, (Block<T, D>::THREADS), (Block<T, D>::SHARED_BYTES))
 
-INSTANCE(bf16, 16)
-INSTANCE(bf16, 32)
-INSTANCE(bf16, 64)
-INSTANCE(bf16, 96)
-INSTANCE(bf16, 128)
-INSTANCE(bf16, 256)
-INSTANCE(f16, 64)
+EVERY_HEAD_DIM(INSTANCE)

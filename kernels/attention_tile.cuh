@@ -10,6 +10,16 @@ constexpr float LN_2 = 0.6931471805599453f;
 constexpr int WARP_ROWS = 16;
 constexpr int BLOCK_TOKENS = 16; // slots of a block of the paged cache
 
+// The types and head dimensions there are kernels for.
+#define EVERY_HEAD_DIM(INSTANCE)                                                                              \
+    INSTANCE(bf16, 16)                                                                                        \
+    INSTANCE(bf16, 32)                                                                                        \
+    INSTANCE(bf16, 64)                                                                                        \
+    INSTANCE(bf16, 96)                                                                                        \
+    INSTANCE(bf16, 128)                                                                                       \
+    INSTANCE(bf16, 256)                                                                                       \
+    INSTANCE(f16, 64)
+
 // Elements from one row of a tile in shared memory to the next.
 __host__ __device__ constexpr int tile_stride(int head_dim) { return head_dim + 8; }
 
