@@ -24,11 +24,10 @@ pub(super) fn run(bench: &mut Bench<'_>) -> Result<(), BenchError> {
 /// Forward and backward of one pack.
 fn both(bench: &mut Bench<'_>, pack: Packed) -> Result<(), BenchError> {
     let (config, placement) = (&bench.plan.config, &bench.plan.placement);
-    let ModelConfig { heads, kv_heads, head_dim, .. } = *config;
     let case = |pass: &str, work| Case {
         what: Part::Attention.name(),
         name: format!(
-            "pass={pass} tokens={} length={} prefix={} heads={heads} kv_heads={kv_heads} head_dim={head_dim}",
+            "pass={pass} tokens={} length={} prefix={}",
             pack.tokens(),
             pack.length,
             pack.prefix,

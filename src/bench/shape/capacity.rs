@@ -58,10 +58,13 @@ fn measured(
         0 => plain_work(sequences, own),
         _ => Decoding { sequences, own, cartridge, cartridges: sequences },
     };
-    let mut note = format!("{:.2} GiB of keys and values", memory as f64 / f64::from(1 << 30));
-    if with_text.is_some() {
-        note += &format!("; ratio of tokens/s to the text, paper {GOAL}");
-    }
+    let gib = memory as f64 / f64::from(1 << 30);
+    let mut note = match with_text {
+        None => format!("{gib:.2} GiB of keys and values"),
+        Some(_) => {
+            format!("the tokens/s with the text; paper {GOAL}; {gib:.2} GiB of keys and values")
+        }
+    };
     let most = decoder.config().max_positions;
     if cartridge + own > most {
         note += &format!("; beyond the model's {most} positions: speed only");

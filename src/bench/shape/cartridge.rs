@@ -39,12 +39,12 @@ fn both(
     let cases = ["attention", "step"].iter().zip(whole).map(|(of, work)| Case {
         what: Part::Cartridge.name(),
         name: format!(
-            "of={of} p={cartridge} sequences={sequences} suffix={own} cartridges={cartridges}"
+            "of={of} p={cartridge} suffix={own} sequences={sequences} cartridges={cartridges}"
         ),
         work,
         tokens: Some(sequences),
         sequences: Some(sequences),
-        note: if cartridges > 1 { "ratio to one cartridge for all" } else { "" }.to_owned(),
+        note: if cartridges > 1 { "the time with one cartridge for all" } else { "" }.to_owned(),
     });
     let (device, timing) = (&bench.plan.placement.device, &bench.plan.timing);
     let mut measured = Vec::new();

@@ -46,11 +46,12 @@ impl Peak {
     /// `None` where the system does not tell.
     pub fn watch(device: &Device) -> Option<Self> {
         match device {
-            // Forgets the peak so far.
-            Device::Cpu => std::fs::write("/proc/self/clear_refs", "5")
-                .ok()
-                .and_then(|()| status("/proc/self/status", "VmRSS:"))
-                .map(Self::Process),
+            Device::Cpu => {
+                give_back_freed();
+                // Forgets the peak so far.
+                std::fs::write("/proc/self/clear_refs", "5").ok()?;
+                status("/proc/self/status", "VmRSS:").map(Self::Process)
+            }
             #[cfg(feature = "cuda")]
             Device::Cuda(cuda) => gpu::Watch::start(cuda.cuda_stream().context()).map(Self::Gpu),
             _ => None,
@@ -66,6 +67,15 @@ impl Peak {
             #[cfg(feature = "cuda")]
             Self::Gpu(watch) => watch.growth(),
         }
+    }
+}
+
+/// What was freed before must not be taken again unnoticed.
+fn give_back_freed() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: may be called at any time; it returns whether there was anything.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

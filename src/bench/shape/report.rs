@@ -20,6 +20,10 @@ pub struct Row {
     pub of_layers: usize,
     /// What lengths were divided by.
     pub scale: usize,
+    /// Of a layer's attention.
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
     pub what: &'static str,
     /// `name=value` pairs.
     pub case: String,
@@ -42,7 +46,7 @@ pub struct Row {
     pub tflop_per_s: Option<f64>,
     pub sequences: Option<usize>,
     pub tokens_per_s: Option<f64>,
-    /// To another row, as the note says, and what it can be at most.
+    /// To what the note says, and the same of the predictions.
     pub ratio: Option<f64>,
     pub ratio_predicted: Option<f64>,
     /// What the process or the device held more at its peak than before.
@@ -105,7 +109,7 @@ pub fn line(row: &Row) -> String {
         number(row.tokens_per_s),
     );
     if let Some(predicted) = row.ratio_predicted {
-        line += &format!("  ratio {} (predicted {predicted:.2})", number(row.ratio));
+        line += &format!("  {} times (predicted {predicted:.2})", number(row.ratio));
     }
     if let Some(peak) = row.peak_mib {
         line += &format!("  peak {peak:.0} MiB");
