@@ -93,8 +93,6 @@ pub fn time(
 
 /// Refuses what would not fit into the memory that is free: on the CPU the system would end the process.
 pub fn check_memory(device: &Device, needed: u64) -> Result<(), Unmeasured> {
-    // Memory that was freed goes back to a GPU's driver when the device has nothing left to do.
-    device.synchronize()?;
     match memory::free(device) {
         Some(free) if needed > free => Err(Unmeasured::Memory { needed, free }),
         _ => Ok(()),

@@ -6,11 +6,26 @@ use crate::bench::Machine;
 
 /// Bytes that can still be taken on the device, where that can be told.
 pub fn free(device: &Device) -> Option<u64> {
+    give_back(device);
     match device {
         Device::Cpu => status("/proc/meminfo", "MemAvailable:"),
         #[cfg(feature = "cuda")]
         Device::Cuda(cuda) => gpu::free(cuda.cuda_stream().context()),
         _ => None,
+    }
+}
+
+/// Returns what was freed but is held for the next to take it: otherwise it would be counted as taken.
+fn give_back(device: &Device) {
+    match device {
+        #[cfg(all(target_os = "linux", target_env = "gnu"))]
+        // SAFETY: may be called at any time; it says whether there was anything.
+        Device::Cpu => unsafe {
+            libc::malloc_trim(0);
+        },
+        #[cfg(feature = "cuda")]
+        Device::Cuda(cuda) => gpu::give_back(cuda.cuda_stream().context()),
+        _ => {}
     }
 }
 
@@ -45,9 +60,9 @@ pub enum Peak {
 impl Peak {
     /// `None` where the system does not tell.
     pub fn watch(device: &Device) -> Option<Self> {
+        give_back(device);
         match device {
             Device::Cpu => {
-                give_back_freed();
                 // Forgets the peak so far.
                 std::fs::write("/proc/self/clear_refs", "5").ok()?;
                 status("/proc/self/status", "VmRSS:").map(Self::Process)
@@ -70,15 +85,6 @@ impl Peak {
     }
 }
 
-/// What was freed before must not be taken again unnoticed.
-fn give_back_freed() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: may be called at any time; it returns whether there was anything.
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}
-
 #[cfg(feature = "cuda")]
 mod gpu {
     use std::sync::Arc;
@@ -86,10 +92,24 @@ mod gpu {
     use std::thread::JoinHandle;
     use std::time::Duration;
 
-    use candle_core::cuda::cudarc::driver::CudaContext;
+    use candle_core::cuda::cudarc::driver::{CudaContext, sys};
 
     /// Between two readings: an activation lives longer in the steps that are measured.
     const EVERY: Duration = Duration::from_millis(1);
+
+    /// Empties the pool that candle's allocations come from.
+    pub fn give_back(context: &Arc<CudaContext>) {
+        let mut pool = std::ptr::null_mut();
+        // SAFETY: the device is the context's, the pointer one to a live variable; the pool is the driver's
+        // own, and only what nobody uses leaves it. A refusal changes nothing.
+        unsafe {
+            let found = context.synchronize().is_ok()
+                && sys::cuDeviceGetDefaultMemPool(&mut pool, context.cu_device()).result().is_ok();
+            if found {
+                let _ = sys::cuMemPoolTrimTo(pool, 0).result();
+            }
+        }
+    }
 
     /// As the driver says, for the whole device.
     pub fn free(context: &Arc<CudaContext>) -> Option<u64> {

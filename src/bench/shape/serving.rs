@@ -231,3 +231,56 @@ pub fn plain(count: usize) -> Vec<Vec<Lease>> {
 pub fn plain_work(sequences: usize, own: usize) -> Decoding {
     Decoding { sequences, own, cartridge: 0, cartridges: 0 }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::gpu::address;
+    use crate::model::{LoadOptions, ModelSource, load_decoder};
+
+    fn addresses(leases: &[Lease]) -> BTreeSet<u64> {
+        let layers = leases.iter().flat_map(|lease| lease.layers());
+        layers.map(|layer| address(&layer.keys.transpose(1, 2).unwrap()).unwrap()).collect()
+    }
+
+    #[test]
+    fn copies_lie_in_memory_of_their_own() {
+        let decoder = load_decoder(&ModelSource::Demo, &LoadOptions::default()).unwrap();
+        let copies = Copies::new(&decoder, 5).unwrap();
+        let whole: Vec<Lease> = (0..3).map(|_| copies.whole().unwrap()).collect();
+        assert_eq!(addresses(&whole).len(), 3 * decoder.config().layers);
+        let single: Vec<Lease> = (0..3).map(|_| copies.one_layer().unwrap()).collect();
+        assert_eq!(addresses(&single).len(), 3);
+        assert_eq!(copies.layer_bytes() * decoder.config().layers as u64, copies.bytes());
+        for lease in whole.iter().chain(&single) {
+            assert_eq!(lease.generation(), copies.cartridge.generation());
+            for layer in lease.layers() {
+                let same = layer.values.eq(&copies.layer.values).unwrap();
+                assert_eq!(same.min_all().unwrap().to_scalar::<u8>().unwrap(), 1);
+            }
+        }
+    }
+
+    #[test]
+    fn every_block_is_written() {
+        let decoder = load_decoder(&ModelSource::Demo, &LoadOptions::default()).unwrap();
+        let config = decoder.config();
+        let own = 64;
+        let mut batch = Batch::new(&decoder, plain(20), own).unwrap();
+        let inputs = AttentionInputs::new(config, &placement(&decoder), 20).unwrap();
+        let entries = entries(&batch.tables, &batch.cartridges, own);
+        let blocks: BTreeSet<u32> =
+            batch.tables.iter().flat_map(|table| table.blocks()).copied().collect();
+        assert_eq!(blocks.len(), 20 * 4, "no two sequences share one");
+        let mut attention = batch.cache.attention(&entries, 2);
+        let q = inputs.q.zeros_like().unwrap();
+        for layer in 0..config.layers {
+            // The mean of 64 values: their deviation is an eighth of that of one.
+            let mean = attention.attend(layer, &q, &inputs.k, &inputs.v).unwrap();
+            let square = mean.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!((square.sqrt() * 8.0 - 1.0).abs() < 0.1, "layer {layer}: {}", square.sqrt());
+        }
+    }
+}
