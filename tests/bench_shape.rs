@@ -84,9 +84,9 @@ fn a_step_moves_weights_logits_and_each_cartridge_once() {
     // Scores and their product with the values: 4 operations per number of a query and key.
     assert_eq!(shared.flops, 4 * 32 * 4096 * 64 * 2304);
     assert_eq!(each.flops, shared.flops);
-    // All weights but the table of embeddings, 525,336,576 numbers; logits written and read.
+    // All weights but the table of embeddings, 525,336,576 numbers; logits in f32 written and read.
     let step = costs.step(batch(1));
-    assert_eq!(step.bytes - shared.bytes, 2 * (7_504_924_672 + 2 * 64 * 128_256));
+    assert_eq!(step.bytes - shared.bytes, 2 * 7_504_924_672 + 4 * 2 * 64 * 128_256);
     // Norms, 65 of 4,096, are no products.
     assert_eq!(step.flops - shared.flops, 2 * 64 * (7_504_924_672 - 65 * 4096));
 }

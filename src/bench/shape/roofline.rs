@@ -149,11 +149,11 @@ impl Costs {
         }
     }
 
-    /// Of a whole step: the weights once, and the logits written and read.
+    /// Of a whole step: the weights once, and the logits, which are f32, written and read.
     pub fn step(&self, batch: Decoding) -> Work {
         let (sequences, (kv, others)) = (batch.sequences as u64, self.layer());
         let products = Work {
-            bytes: (self.read_weights() + 2 * sequences * self.vocab) * self.size,
+            bytes: self.read_weights() * self.size + 2 * sequences * self.vocab * 4,
             flops: 2 * sequences * (self.layers * (kv + others) + self.head()),
         };
         products + self.step_attention(batch)
