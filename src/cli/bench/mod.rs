@@ -34,9 +34,6 @@ use crate::bench;
   cartouche bench --shape llama-3.1-8b --device cuda --out results
   cartouche bench --shape llama-3.2-1b --layers 1 --scale 16 --device cpu")]
 pub struct BenchArgs {
-    #[command(flatten)]
-    shape: shape::ShapeArgs,
-
     /// The server: http://host:port, with or without /v1
     #[arg(long, default_value = "http://127.0.0.1:10210", conflicts_with = "targets")]
     url: String,
@@ -136,6 +133,10 @@ pub struct BenchArgs {
     /// Put every request into bench.json
     #[arg(long, requires = "out", help_heading = "Output")]
     raw: bool,
+
+    // The last: its heading would go on for what follows.
+    #[command(flatten)]
+    shape: shape::ShapeArgs,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
