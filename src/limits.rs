@@ -66,7 +66,12 @@ pub const CARTRIDGE_FILE_SLACK_BYTES: u64 = 64 << 20;
 /// Tokens of a cartridge.
 pub const MAX_CARTRIDGE_TOKENS: usize = 1 << 22;
 /// Bytes of a `config.yaml` beside a cartridge; a larger one is ignored with a warning (it is advisory).
-pub const MAX_CONFIG_YAML_BYTES: u64 = 1 << 20;
+pub const MAX_CONFIG_YAML_BYTES: u64 = 64 << 10;
+/// Lists and maps opened by `[` or `{` in such a file, wherever these stand; one of more is ignored likewise.
+pub const MAX_CONFIG_YAML_OPENINGS: usize = 1024;
+/// Bytes of what a cartridge file says about its making (`model`, `rope_scaling`, `origin`; each): it stays in
+/// memory with the cartridge. More is no cartridge; in a `config.yaml` it is read over.
+pub const MAX_CARTRIDGE_FACT_BYTES: usize = 16 << 10;
 /// Bytes of resident cartridges kept by the registry, unless configured.
 pub const DEFAULT_CARTRIDGE_BUDGET_BYTES: u64 = 2 << 30;
 /// Bytes of a request's `model`, which every chunk of a stream repeats; longer is a 400 that names it.

@@ -259,3 +259,30 @@ async fn routers_see_sizes_and_the_cartridges_of_running_requests() {
     assert_eq!(info.labels["running_lora_adapters"], "", "no series is left behind");
     assert_eq!(after.one("cartouche_requests_in_flight").value, 0.0);
 }
+
+/// Ids, models and paths come from clients: however many different ones, nothing is kept of them.
+#[tokio::test]
+async fn distinct_names_leave_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = Some(dir.path().to_owned());
+    let server = Server::with_cartridge_dir(ApiOptions::default(), EngineOptions::default(), dir);
+    let ask = async |i: usize| {
+        for source in ["local", "wandb", "huggingface"] {
+            let body = json!({
+                "model": format!("model-{i}"), "messages": [{"role": "user", "content": "Hi"}],
+                "cartridges": [{"id": format!("id-{i}"), "source": source}],
+            });
+            assert!(server.post("/v1/chat/completions", body).await.status.as_u16() >= 400);
+        }
+        server.get(&format!("/v1/models/m-{i}")).await;
+        server.get(&format!("/v1/none-{i}")).await;
+    };
+    ask(0).await;
+    let (before, listed) =
+        (scrape(&server).await.samples.len(), server.state.registry.list().len());
+    for i in 1..300 {
+        ask(i).await;
+    }
+    assert_eq!(scrape(&server).await.samples.len(), before);
+    assert_eq!(server.state.registry.list().len(), listed);
+}

@@ -25,6 +25,27 @@ async fn the_least_recently_used_is_evicted_and_comes_back() {
     assert_eq!((fake.reads(), resident(&registry)), (4, vec!["b".to_owned(), "c".to_owned()]));
 }
 
+/// Memory of an evicted cartridge is given to others; whoever asks again must not get what lies there now.
+#[tokio::test]
+async fn an_evicted_cartridge_comes_back_with_its_own_numbers() {
+    let (registry, fake) = registry(2);
+    let ids: Vec<String> = (0..6).map(|i| format!("c{i}")).collect();
+    for (i, id) in ids.iter().enumerate() {
+        fake.put(id, Ok(cartridge(i as f32)));
+    }
+    for round in 0..30 {
+        let i = round * 5 % ids.len();
+        let lease = registry.acquire(&local(&ids[i])).await.unwrap();
+        for (have, made) in lease.layers().iter().zip(cartridge(i as f32).layers()) {
+            for (have, made) in [(&have.keys, &made.keys), (&have.values, &made.values)] {
+                let numbers = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                assert_eq!(numbers(have), numbers(made), "{}", ids[i]);
+            }
+        }
+    }
+    assert!(registry.stats().evictions > 20, "{:?}", registry.stats());
+}
+
 #[tokio::test]
 async fn what_is_lent_is_never_evicted() {
     let (registry, fake) = registry(2);

@@ -168,6 +168,39 @@ fn dishonest_safetensors_are_told_apart() {
     }
 }
 
+/// Facts stay in memory for as long as the cartridge does, and no budget counts them.
+#[test]
+fn facts_of_any_length_do_not_stay_in_memory() {
+    let bytes = safetensors_bytes();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let with = |name: &str, fact: String| {
+        let mut json: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+        json["__metadata__"][name] = fact.into();
+        let json = json.to_string().into_bytes();
+        [&(json.len() as u64).to_le_bytes()[..], &json, &bytes[8 + header..]].concat()
+    };
+    let limit = cartouche::limits::MAX_CARTRIDGE_FACT_BYTES;
+    read_cartridge_bytes(&with("origin", "x".repeat(limit)), "x").unwrap();
+    for (name, fact) in [
+        ("origin", "x".repeat(limit + 1)),
+        ("model", "x".repeat(limit + 1)),
+        ("rope_scaling", format!("[{}0]", "0,".repeat(limit))),
+        ("rope_theta", format!("1{}", "0".repeat(limit))),
+    ] {
+        match read_cartridge_bytes(&with(name, fact), "x") {
+            Err(CartridgeError::TooLarge { what, .. }) => assert!(what.contains("fact"), "{what}"),
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+    let long = cartouche::cartridge::Provenance {
+        origin: Some("x".repeat(limit + 1)),
+        ..cartouche::cartridge::Provenance::default()
+    };
+    let path = tempfile::tempdir().unwrap().path().join("x.safetensors");
+    let error = write_safetensors(&path, &good("list_bf16").with_provenance(long)).unwrap_err();
+    assert!(error.to_string().contains("fact"), "never written either: {error}");
+}
+
 #[test]
 fn no_truncation_is_read_as_a_cartridge() {
     for name in ["list_bf16", "parameters_bf16"] {
@@ -340,4 +373,85 @@ fn directories_of_too_many_records_are_refused_by_their_claim() {
         Err(CartridgeError::TooLarge { what: "bytes of zip directory", .. }) => {}
         other => panic!("{other:?}"),
     }
+}
+
+/// Opcodes that torch's cartridges have. All others end the reading, out-of-band buffers (protocol 5),
+/// instances, extension codes and text-mode numbers among them.
+#[test]
+fn opcodes_that_no_cartridge_needs_are_refused() {
+    let known = b"\x80\x95.(012N\x88\x89JKM\x8aGX\x8c\x8dBCTU\x8eqrhj\x94c\x93}])\x8ftl\x91\x85\x86\x87ae\x90suQR\x81b";
+    for code in 0..=u8::MAX {
+        let pickle = [b"\x80\x05N", &[code][..], b"\n\n\n\n\n\n\n\n."].concat();
+        let error = read_cartridge_bytes(&zipped(&[("x/data.pkl".into(), pickle)]), "x");
+        let error = error.unwrap_err().to_string();
+        let refused = error.contains("has no place in a cartridge");
+        assert_eq!(
+            refused && error.contains("byte 3"),
+            !known.contains(&code),
+            "{code:#x}: {error}"
+        );
+    }
+}
+
+/// Loaders that were said to take numbers only have built other tensors than dense ones, or run what a name
+/// stands for on the way.
+#[test]
+fn names_that_make_other_tensors_are_refused() {
+    for (module, name) in [
+        ("torch._utils", "_rebuild_sparse_tensor"),
+        ("torch._utils", "_rebuild_sparse_csr_tensor"),
+        ("torch._utils", "_rebuild_nested_tensor"),
+        ("torch._utils", "_rebuild_qtensor"),
+        ("torch._utils", "_rebuild_meta_tensor_no_storage"),
+        ("torch._utils", "_rebuild_wrapper_subclass"),
+        ("torch._utils", "_rebuild_device_tensor_from_numpy"),
+        ("torch._tensor", "_rebuild_from_type_v2"),
+        ("torch.storage", "_load_from_bytes"),
+        ("torch", "_utils._rebuild_tensor_v2"),
+        ("torch", "Tensor"),
+        ("torch", "sparse_coo_tensor"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("_codecs", "encode"),
+        ("builtins", "getattr"),
+        ("copyreg", "_reconstructor"),
+        ("collections", "defaultdict"),
+        ("torch._utils ", "_rebuild_tensor_v2"),
+    ] {
+        let global = format!("c{module}\n{name}\n");
+        let stacked = [&[0x8c, module.len() as u8], module.as_bytes(), &[0x8c, name.len() as u8]];
+        let stacked = [&stacked.concat(), name.as_bytes(), b"\x93"].concat();
+        for named in [global.into_bytes(), stacked] {
+            let pickle = [b"\x80\x04", &named[..], b"."].concat();
+            match read_cartridge_bytes(&zipped(&[("x/data.pkl".into(), pickle)]), "x") {
+                Err(CartridgeError::Forbidden { global, .. }) => {
+                    assert_eq!(global, format!("{module}.{name}"))
+                }
+                other => panic!("{module}.{name}: {other:?}"),
+            }
+        }
+    }
+}
+
+/// Records are looked up by name and never written anywhere: names that would be paths are just names.
+#[test]
+fn record_names_are_never_paths() {
+    let outside = tempfile::tempdir().unwrap();
+    let absolute = outside.path().join("x").to_str().unwrap().to_owned();
+    let good = records("list_bf16.pt");
+    for stem in ["..", "../../../tmp/x", &absolute, "C:\\x", "x/../y", "\0"] {
+        let renamed: Vec<_> = good
+            .iter()
+            .map(|(name, data)| {
+                (format!("{stem}/{}", name.split_once('/').unwrap().1), data.clone())
+            })
+            .collect();
+        let read = read_cartridge_bytes(&zipped(&renamed), "x").unwrap();
+        assert_eq!(read.generation(), self::good("list_bf16").generation(), "{stem}");
+        // One record that would leave the folder of the others is no part of a torch file.
+        let mut mixed = good.clone();
+        mixed.push((format!("{stem}/other"), b"x".to_vec()));
+        let error = read_cartridge_bytes(&zipped(&mixed), "x").unwrap_err().to_string();
+        assert!(error.contains("different folders"), "{stem}: {error}");
+    }
+    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
 }

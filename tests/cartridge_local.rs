@@ -193,6 +193,55 @@ async fn links_out_and_special_files_are_refused() {
     assert!(matches!(acquire(&registry, "loop").await, Err(CartridgeError::Io { .. })));
 }
 
+/// Between the look at a file and its opening somebody may swap it for a link, a pipe or nothing: what lies
+/// outside of the directory is never read, and nobody waits for the other end of a pipe.
+#[cfg(unix)]
+#[tokio::test]
+async fn a_file_swapped_for_a_link_or_a_pipe_is_never_followed() {
+    use std::{
+        os::unix::fs::symlink,
+        sync::atomic::{AtomicBool, Ordering},
+    };
+    let outside = tempfile::tempdir().unwrap();
+    put(outside.path(), "secret.pt", "good/list_f32.pt");
+    let dir = outside.path().join("root");
+    put(&dir, "a/cartridge.pt", "good/list_bf16.pt");
+    let (inside, secret) = (digest("good/list_bf16.pt"), outside.path().join("secret.pt"));
+    let pipe = outside.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let registry = registry(&dir);
+    let done = Arc::new(AtomicBool::new(false));
+    let (stop, file) = (Arc::clone(&done), dir.join("a/cartridge.pt"));
+    let swapping = std::thread::spawn(move || {
+        let next = file.with_extension("next");
+        for round in 0.. {
+            match round % 4 {
+                0 => symlink(&secret, &next).unwrap(),
+                1 => fs::hard_link(&pipe, &next).unwrap(),
+                _ => drop(fs::copy(fixture("good/list_bf16.pt"), &next).unwrap()),
+            }
+            fs::rename(&next, &file).unwrap();
+            if stop.load(Ordering::Relaxed) {
+                return;
+            }
+        }
+    });
+    let (mut read, mut refused) = (0, 0);
+    let forced = CartridgeRef { id: "a".into(), source: Source::Local, force_redownload: true };
+    for _ in 0..2000 {
+        match registry.acquire(&forced).await {
+            Ok(lease) => {
+                assert_eq!(lease.generation(), inside, "a file from outside was read");
+                read += 1;
+            }
+            Err(_) => refused += 1,
+        }
+    }
+    done.store(true, Ordering::Relaxed);
+    swapping.join().unwrap();
+    assert!(read > 0 && refused > 0, "{read} read, {refused} refused");
+}
+
 /// Requests for a deleted file get 404, so it is no resident any more: only what is lent stays.
 #[tokio::test]
 async fn a_deleted_file_is_not_listed_as_resident() {

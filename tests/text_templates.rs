@@ -232,3 +232,21 @@ fn snippets() {
         differences.join("\n")
     );
 }
+
+/// Values of a few bytes, deep enough and indented, are hundreds of bytes each: half a gigabyte of text from
+/// a body of two megabytes, before the length of the prompt is looked at.
+#[test]
+fn indentation_is_bounded_before_it_is_built() {
+    let source = "{% set text = documents | tojson(indent=4) %}{{ text | length }}";
+    let template = ChatTemplate::new(source, Map::new()).unwrap();
+    let user = user("x");
+    let render = |values: usize| {
+        let list = json!(vec![0; values]);
+        let documents = (0..120).fold(list, |inner, _| json!([inner]));
+        let kwargs = json!({"documents": documents});
+        template.render(&request(&user, kwargs.as_object().unwrap()))
+    };
+    assert!(render(1000).unwrap().parse::<usize>().unwrap() > 400_000);
+    let limit = cartouche::limits::MAX_RENDERED_PROMPT_BYTES;
+    assert_eq!(render(500_000), Err(TextError::TemplateTooLarge { limit }));
+}

@@ -55,7 +55,7 @@ impl Body {
 
 /// Refuses a body of more values than memory should pay for, before any of them is built. Commas outside of
 /// strings and opening brackets are counted: every value but the outermost comes after one of them.
-fn check_values(json: &[u8]) -> Result<(), ApiError> {
+pub fn check_values(json: &[u8]) -> Result<(), ApiError> {
     let (mut values, mut in_string, mut escaped) = (0usize, false, false);
     for &byte in json {
         match byte {

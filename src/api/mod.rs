@@ -5,13 +5,13 @@
 //! and ends in `chat` or `completions` as a whole reply or through `stream`.
 
 mod blocking;
-mod cartridge_blocks;
-mod cartridges;
+pub mod cartridge_blocks;
+pub mod cartridges;
 mod chat;
 mod choice;
 mod completions;
 mod error;
-mod extract;
+pub mod extract;
 mod generate;
 mod health;
 mod in_flight;

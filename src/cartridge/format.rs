@@ -37,9 +37,17 @@ pub fn read_cartridge(path: &Path, max_bytes: u64) -> Result<Cartridge, Cartridg
 
 /// Reads a cartridge that is in memory, for instance built into the program. `name` is for errors.
 pub fn read_cartridge_bytes(bytes: &[u8], name: &str) -> Result<Cartridge, CartridgeError> {
-    let len = bytes.len() as u64;
+    read_cartridge_from(Cursor::new(bytes), bytes.len() as u64, name)
+}
+
+/// Reads a cartridge of `len` bytes from anything that can be read. `name` is for errors.
+pub fn read_cartridge_from(
+    source: impl Read + Seek,
+    len: u64,
+    name: &str,
+) -> Result<Cartridge, CartridgeError> {
     let mut intake = Intake::as_stored(len);
-    let read = read(Cursor::new(bytes), len, &mut intake).and_then(|()| intake.into_cartridge());
+    let read = read(source, len, &mut intake).and_then(|()| intake.into_cartridge());
     read.map_err(|error| error.named(name))
 }
 

@@ -115,14 +115,24 @@ fn number(facts: &HashMap<String, String>, name: &str) -> Result<usize, Cartridg
 
 fn provenance(facts: &HashMap<String, String>) -> Result<Provenance, CartridgeError> {
     let bad = |name| CartridgeError::invalid(format!("its header has a malformed `{name}`"));
-    let rope_theta = facts.get("rope_theta").map(|text| text.parse()).transpose();
-    let rope_scaling = facts.get("rope_scaling").map(|text| serde_json::from_str(text)).transpose();
+    let fact = |name: &str| facts.get(name).map(|text| bounded(text)).transpose();
+    let rope_theta = fact("rope_theta")?.map(str::parse).transpose();
+    let rope_scaling = fact("rope_scaling")?.map(serde_json::from_str).transpose();
     Ok(Provenance {
-        model: facts.get("model").cloned(),
+        model: fact("model")?.map(str::to_owned),
         rope_theta: rope_theta.map_err(|_| bad("rope_theta"))?,
         rope_scaling: rope_scaling.map_err(|_| bad("rope_scaling"))?,
-        origin: facts.get("origin").cloned(),
+        origin: fact("origin")?.map(str::to_owned),
     })
+}
+
+/// Facts stay in memory with the cartridge, outside of what its tensors are counted for.
+fn bounded(fact: &str) -> Result<&str, CartridgeError> {
+    if fact.len() > limits::MAX_CARTRIDGE_FACT_BYTES {
+        let (size, limit) = (fact.len() as u64, limits::MAX_CARTRIDGE_FACT_BYTES as u64);
+        return Err(CartridgeError::too_large("bytes in a fact of its header", size, limit));
+    }
+    Ok(fact)
 }
 
 /// For each layer where its keys, values and, where there is one, bias lie.
@@ -197,37 +207,49 @@ fn read_tensor(
 /// [`Cartridge::generation`] if they were converted to another type since they were read.
 ///
 /// # Errors
+/// [`CartridgeError::TooLarge`] for a fact about its making that no reader would take;
 /// [`CartridgeError::Io`].
 pub fn write_safetensors(path: &Path, cartridge: &Cartridge) -> Result<(), CartridgeError> {
+    write_atomically(path, |file| write_safetensors_to(file, cartridge))
+}
+
+/// [`write_safetensors`] into anything that can be written to.
+///
+/// # Errors
+/// Those of [`write_safetensors`].
+pub fn write_safetensors_to(
+    out: &mut impl Write,
+    cartridge: &Cartridge,
+) -> Result<(), CartridgeError> {
     let header = header(cartridge)?;
-    write_atomically(path, |file| {
-        let failed = |e| CartridgeError::io("write the file", &e);
-        file.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
-        file.write_all(&header).map_err(failed)?;
-        for tensor in cartridge.layers().iter().flat_map(LayerKv::tensors) {
-            with_bytes(tensor, |bytes| file.write_all(bytes))?.map_err(failed)?;
-        }
-        Ok(())
-    })
+    let failed = |e| CartridgeError::io("write the file", &e);
+    out.write_all(&(header.len() as u64).to_le_bytes()).map_err(failed)?;
+    out.write_all(&header).map_err(failed)?;
+    for tensor in cartridge.layers().iter().flat_map(LayerKv::tensors) {
+        with_bytes(tensor, |bytes| out.write_all(bytes))?.map_err(failed)?;
+    }
+    Ok(())
 }
 
 fn header(cartridge: &Cartridge) -> Result<Vec<u8>, CartridgeError> {
     let provenance = cartridge.provenance();
     let mut facts = Map::new();
-    let mut fact = |name: &str, value: Option<String>| {
+    let mut fact = |name: &str, value: Option<String>| -> Result<(), CartridgeError> {
         if let Some(value) = value {
+            bounded(&value)?;
             facts.insert(name.to_owned(), Value::String(value));
         }
+        Ok(())
     };
-    fact("format", Some(FORMAT.to_owned()));
-    fact("format_version", Some(FORMAT_VERSION.to_owned()));
-    fact("tokens", Some(cartridge.tokens().to_string()));
-    fact("frozen_tokens", Some(cartridge.frozen_tokens().to_string()));
-    fact("generation", Some(cartridge.present_generation()?.to_hex()));
-    fact("model", provenance.model.clone());
-    fact("rope_theta", provenance.rope_theta.map(|theta| theta.to_string()));
-    fact("rope_scaling", provenance.rope_scaling.as_ref().map(Value::to_string));
-    fact("origin", provenance.origin.clone());
+    fact("format", Some(FORMAT.to_owned()))?;
+    fact("format_version", Some(FORMAT_VERSION.to_owned()))?;
+    fact("tokens", Some(cartridge.tokens().to_string()))?;
+    fact("frozen_tokens", Some(cartridge.frozen_tokens().to_string()))?;
+    fact("generation", Some(cartridge.present_generation()?.to_hex()))?;
+    fact("model", provenance.model.clone())?;
+    fact("rope_theta", provenance.rope_theta.map(|theta| theta.to_string()))?;
+    fact("rope_scaling", provenance.rope_scaling.as_ref().map(Value::to_string))?;
+    fact("origin", provenance.origin.clone())?;
     let mut header = Map::new();
     header.insert("__metadata__".to_owned(), Value::Object(facts));
     let mut start = 0;

@@ -47,21 +47,25 @@ pub fn write_torch(
     style: TorchStyle,
     naming: Naming,
 ) -> Result<(), CartridgeError> {
-    if cartridge.layers().iter().any(|layer| layer.bias.is_some()) {
-        let reason = "a .pt file cannot hold its attention bias; write safetensors";
-        return Err(CartridgeError::invalid(reason));
-    }
     let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or("archive");
-    write_atomically(path, |file| write_records(file, stem, cartridge, style, naming))
+    write_atomically(path, |file| write_torch_to(file, stem, cartridge, style, naming))
 }
 
-fn write_records(
+/// [`write_torch`] into anything that can be written to; `stem` names the folder inside of the zip.
+///
+/// # Errors
+/// Those of [`write_torch`].
+pub fn write_torch_to(
     file: impl Write + Seek,
     stem: &str,
     cartridge: &Cartridge,
     style: TorchStyle,
     naming: Naming,
 ) -> Result<(), CartridgeError> {
+    if cartridge.layers().iter().any(|layer| layer.bias.is_some()) {
+        let reason = "a .pt file cannot hold its attention bias; write safetensors";
+        return Err(CartridgeError::invalid(reason));
+    }
     let mut zip = ZipWriter::new(file);
     let pickled = pickle(cartridge, style, naming);
     write_record(&mut zip, &format!("{stem}/data.pkl"), pickled.len(), |zip| {

@@ -152,6 +152,9 @@ fn render_error(e: &Error) -> TextError {
         {
             return TextError::TemplateFuel { limit: CHAT_TEMPLATE_FUEL };
         }
+        if cause.is::<json::TooLong>() {
+            return TextError::TemplateTooLarge { limit: MAX_RENDERED_PROMPT_BYTES };
+        }
         source = cause.source();
     }
     TextError::TemplateRender { line: e.line(), reason: reason(e) }

@@ -3,8 +3,24 @@
 //! The separators, the float notation and the absence of HTML escaping are part of the prompt: a
 //! model was trained on exactly these bytes. minijinja's own filter escapes `<`, `>`, `&` and `'`.
 
+use std::fmt;
+
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Error, ErrorKind};
+
+use crate::limits::MAX_RENDERED_PROMPT_BYTES;
+
+/// The text passed the limit of a whole prompt; travels as the source of the engine's error.
+#[derive(Debug)]
+pub(super) struct TooLong;
+
+impl fmt::Display for TooLong {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the text is longer than a prompt may be")
+    }
+}
+
+impl std::error::Error for TooLong {}
 
 /// Options of `json.dumps` that transformers exposes.
 struct Style {
@@ -77,6 +93,10 @@ fn indent_of(value: &Value) -> Result<Option<String>, Error> {
 }
 
 fn write_value(out: &mut String, value: &Value, style: &Style, depth: usize) -> Result<(), Error> {
+    // Indentation makes text of depth times the number of values, which nobody would see in the values.
+    if out.len() > MAX_RENDERED_PROMPT_BYTES {
+        return Err(invalid("tojson").with_source(TooLong));
+    }
     if depth > 256 {
         return Err(invalid("tojson: the value is nested more than 256 deep"));
     }

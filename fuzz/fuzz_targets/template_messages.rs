@@ -1,0 +1,2 @@
+#![no_main]
+cartouche_fuzz::driver!();
