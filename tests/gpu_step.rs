@@ -4,36 +4,15 @@
 #[path = "kernels_support/mod.rs"]
 mod kernels_support;
 
-use candle_core::{DType, Result};
+use candle_core::DType;
 use cartouche::gpu::{
     Arg, CartridgeLayer, Launch, LayerAddresses, QuerySequence, StepAttention, StepHeads,
 };
 use cartouche::ops::attention::{Heads, KvRun, SequenceQueries, segment_attention};
 use half::bf16;
-use kernels_support::{Arg as RawArg, Buffer, Library, Random, Shape, shape};
+use kernels_support::{Buffer, Emulation, Random, Shape, shape};
 
 const BLOCK: usize = 16;
-
-/// A machine that runs the kernels of `kernels/` on the CPU.
-struct Emulation {
-    seed: u64,
-}
-
-impl Launch for Emulation {
-    unsafe fn launch(&self, kernel: &str, grid: [usize; 3], args: &[Arg]) -> Result<()> {
-        let source = kernel.split("_bf16").next().unwrap();
-        let args: Vec<RawArg> = args
-            .iter()
-            .map(|arg| match *arg.bytes() {
-                [a, b, c, d] => RawArg::from(u32::from_ne_bytes([a, b, c, d])),
-                ref bytes => RawArg::from(u64::from_ne_bytes(bytes.try_into().unwrap())),
-            })
-            .collect();
-        Library::of(&format!("kernels/{source}.cu"))
-            .try_launch(kernel, grid, self.seed, &args)
-            .map_err(candle_core::Error::msg)
-    }
-}
 
 /// Keys and values `[tokens, kv_heads, dim]` of a cartridge or of a sequence.
 struct Kv {

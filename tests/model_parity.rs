@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{D, DType, Device, Result, Tensor};
 use cartouche::cartridge::Lease;
-use cartouche::model::{Attend, Decoder, Quantize, load_decoder};
+use cartouche::model::{Attend, Decoder, LoadOptions, Quantize, load_decoder};
 
 /// Attention of one sequence in plain tensor operations: an oracle for the engine's, and a second user
 /// of the seam.
@@ -116,7 +116,8 @@ fn weights_quantised_while_loading_stay_close() {
     for fixture in common::model_fixtures(|name| name == "qwen2" || name == "qwen3") {
         // The fixtures' rows are 32 wide, so Q4_K gives way to Q8_0, as documented.
         for quantize in [Quantize::Q8_0, Quantize::Q4K] {
-            let decoder = load_decoder(&fixture.source(), Some(quantize)).unwrap();
+            let options = LoadOptions { quantize: Some(quantize), ..LoadOptions::default() };
+            let decoder = load_decoder(&fixture.source(), &options).unwrap();
             let ours = logits(&decoder, &fixture.prompts()[1], &[]);
             let relative = relative_difference(&ours, &fixture.logits("base", 1));
             assert!(relative > 0.0 && relative < 0.06, "{}: {relative}", fixture.name);

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Result, Tensor};
-use cartouche::model::{Attend, Decoder, ModelError, ModelSource, Quantize, load_decoder};
+use cartouche::model::{
+    Attend, Decoder, LoadOptions, ModelError, ModelSource, Quantize, load_decoder,
+};
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
 
@@ -58,7 +60,8 @@ fn decoder(
 ) -> std::result::Result<Decoder, ModelError> {
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
     candle_core::safetensors::save(weights, folder.join("model.safetensors")).unwrap();
-    load_decoder(&ModelSource::Folder(folder.to_owned()), quantize)
+    let options = LoadOptions { quantize, ..LoadOptions::default() };
+    load_decoder(&ModelSource::Folder(folder.to_owned()), &options)
 }
 
 /// Every token sees itself alone: enough to pass all matrices.

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use candle_core::{Device, Tensor};
-use cartouche::model::{Decoder, ModelSource, Quantize, load_decoder};
+use cartouche::model::{Decoder, LoadOptions, ModelSource, Quantize, load_decoder};
 use cartouche::train::{
     Normalizer, Pack, PrefixLayer, StepOptions, StepOutput, Targets, TrainError, evaluate,
     gradients,
@@ -277,7 +277,8 @@ fn a_pack_is_the_sum_of_its_sequences() {
 #[test]
 fn gradients_pass_through_quantised_weights() {
     for fixture in fixtures().into_iter().filter(|f| ["qwen2", "qwen3"].contains(&&*f.model.name)) {
-        let decoder = load_decoder(&fixture.model.source(), Some(Quantize::Q8_0)).unwrap();
+        let load = LoadOptions { quantize: Some(Quantize::Q8_0), ..LoadOptions::default() };
+        let decoder = load_decoder(&fixture.model.source(), &load).unwrap();
         let got =
             gradients(&decoder, &fixture.prefix(), &fixture.pack, &options(1.0, true)).unwrap();
         for (got, want) in both(&got.gradients).zip(both(&fixture.layers("plain"))) {
@@ -290,7 +291,7 @@ fn gradients_pass_through_quantised_weights() {
 /// What resuming exactly on another machine rests on.
 #[test]
 fn a_step_has_the_same_bits_whatever_the_number_of_threads() {
-    let decoder = load_decoder(&ModelSource::Demo, None).unwrap();
+    let decoder = load_decoder(&ModelSource::Demo, &LoadOptions::default()).unwrap();
     let (prefix, pack) = random_case(&decoder, 9, &[12, 130, 600, 1]);
     let run = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
@@ -304,7 +305,7 @@ fn a_step_has_the_same_bits_whatever_the_number_of_threads() {
 /// Invariant 8, as far as a step is concerned.
 #[test]
 fn a_step_leaves_the_model_and_the_cartridge_as_they_were() {
-    let decoder = load_decoder(&ModelSource::Demo, None).unwrap();
+    let decoder = load_decoder(&ModelSource::Demo, &LoadOptions::default()).unwrap();
     let (prefix, pack) = random_case(&decoder, 9, &[12, 30]);
     let all = |prefix: &[PrefixLayer]| -> Vec<Vec<f32>> {
         prefix.iter().flat_map(|l| [values(&l.keys), values(&l.values)]).collect()
@@ -330,7 +331,7 @@ fn a_step_leaves_the_model_and_the_cartridge_as_they_were() {
 
 #[test]
 fn what_cannot_be_computed_is_refused_and_named() {
-    let decoder = load_decoder(&ModelSource::Demo, None).unwrap();
+    let decoder = load_decoder(&ModelSource::Demo, &LoadOptions::default()).unwrap();
     let (prefix, pack) = random_case(&decoder, 4, &[5, 6]);
     let vocab = decoder.config().vocab_size as u32;
     let run = |prefix: &[PrefixLayer], pack: &Pack| {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor};
 use cartouche::cartridge::{Cartridge, LayerKv, Provenance, read_cartridge, write_safetensors};
 use cartouche::demo;
-use cartouche::model::{ModelSource, load_decoder};
+use cartouche::model::{LoadOptions, ModelSource, load_decoder};
 use cartouche::train::{
     AdamOptions, Decay, Pack, Parameters, RunDir, Schedule, StepOptions, Targets, TrainError,
     Trainer, TrainerOptions, epoch_order, random,
@@ -260,7 +260,7 @@ fn a_loss_that_is_not_finite_names_the_row_of_the_dataset() {
             pack
         })
         .collect();
-    let decoder = load_decoder(&ModelSource::Demo, None).unwrap();
+    let decoder = load_decoder(&ModelSource::Demo, &LoadOptions::default()).unwrap();
     let trainer = || {
         let start = random(decoder.config().kv_shape(), 4, 0.1, SEED).unwrap();
         let schedule = Schedule {

@@ -6,6 +6,7 @@ use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::{CartridgeError, Outline, digest::ContentDigest, intake::Intake};
+use crate::gpu::is_gpu;
 
 /// SHA-256 of a cartridge's content: its identity, whatever it is called and wherever it came from.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -193,9 +194,9 @@ impl Cartridge {
     /// head transposed in memory, so that those of neighbouring tokens lie together; on a GPU as they are
     /// stored. Shapes stay the same; only strides change.
     pub fn for_attention(&self) -> Result<Self, CartridgeError> {
-        let transposed = |keys: &Tensor| match keys.device() {
-            Device::Cpu => keys.transpose(1, 2)?.contiguous()?.transpose(1, 2),
-            _ => keys.contiguous(),
+        let transposed = |keys: &Tensor| match is_gpu(keys.device(), keys.dtype()) {
+            false => keys.transpose(1, 2)?.contiguous()?.transpose(1, 2),
+            true => keys.contiguous(),
         };
         let layers = self
             .layers
@@ -208,9 +209,9 @@ impl Cartridge {
 
     /// Whether [`Self::for_attention`] was applied.
     pub fn is_for_attention(&self) -> bool {
-        let is_laid_out = |keys: &Tensor| match keys.device() {
-            Device::Cpu => keys.transpose(1, 2).is_ok_and(|k| k.is_contiguous()),
-            _ => keys.is_contiguous(),
+        let is_laid_out = |keys: &Tensor| match is_gpu(keys.device(), keys.dtype()) {
+            false => keys.transpose(1, 2).is_ok_and(|k| k.is_contiguous()),
+            true => keys.is_contiguous(),
         };
         self.layers.iter().all(|layer| is_laid_out(&layer.keys))
     }

@@ -83,10 +83,7 @@ impl Registry {
         for warning in provenance_warnings(provenance, model, *rope_theta, rope_scaling.as_ref()) {
             tracing::warn!(generation = generation.short(), "cartridge: {warning}");
         }
-        let cartridge = match self.options.device.is_cpu() {
-            true => cartridge.for_attention()?,
-            false => cartridge,
-        };
+        let cartridge = cartridge.for_attention()?;
         let bytes = cartridge.bytes();
         let mut residents = self.lock();
         // Under one lock, so that nobody gets the room in between. Dropping it would lock again.

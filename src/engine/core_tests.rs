@@ -8,7 +8,7 @@ use super::{
     EngineError, EngineHandle, EngineOptions, Event, GenerateRequest, LogprobOptions, Priority,
     SamplingParams, TokenStream,
 };
-use crate::model::{ModelSource, load_decoder};
+use crate::model::{LoadOptions, ModelSource, load_decoder};
 
 /// A step that computes this token panics.
 const POISON: u32 = 77;
@@ -17,7 +17,7 @@ const PLAN_POISON: u32 = 78;
 
 fn engine() -> EngineHandle {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/llama");
-    let decoder = load_decoder(&ModelSource::Folder(folder), None).unwrap();
+    let decoder = load_decoder(&ModelSource::Folder(folder), &LoadOptions::default()).unwrap();
     let options = EngineOptions { kv_bytes: 1 << 20, ..EngineOptions::default() };
     let poisoned = |tokens: &[u32]| assert!(!tokens.contains(&POISON), "injected");
     let plan_poisoned = |prompt: &[u32]| assert!(!prompt.contains(&PLAN_POISON), "injected");

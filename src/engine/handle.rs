@@ -21,6 +21,8 @@ pub struct EngineInfo {
     pub kv_bytes: u64,
     pub vocab_size: usize,
     pub kv_shape: KvShape,
+    /// Of keys and values, and so of the cartridges it takes.
+    pub kv_dtype: DType,
     pub max_queued_sequences: usize,
     pub max_queued_tokens: usize,
     pub prefix_cache: bool,
@@ -223,9 +225,12 @@ impl EngineHandle {
                 let (have, need) = (cartridge.shape(), self.info.kv_shape);
                 return invalid("cartridges", format!("shape {have:?}, the model has {need:?}"));
             }
-            if cartridge.dtype() != DType::F32 {
-                let dtype = cartridge.dtype();
-                return invalid("cartridges", format!("{dtype:?} tensors, the engine needs F32"));
+            let (have, need) = (cartridge.dtype(), self.info.kv_dtype);
+            if have != need {
+                return invalid(
+                    "cartridges",
+                    format!("{have:?} tensors, the engine needs {need:?}"),
+                );
             }
             if !cartridge.is_for_attention() {
                 let reason = "keys are not laid out for attention (Cartridge::for_attention)";

@@ -86,6 +86,7 @@ pub(super) fn start_with(
         kv_bytes: blocks as u64 * block_bytes,
         vocab_size: config.vocab_size,
         kv_shape: shape,
+        kv_dtype: decoder.dtype(),
         max_queued_sequences: options.max_queued_sequences,
         max_queued_tokens: options.max_queued_tokens,
         prefix_cache: options.prefix_cache,

@@ -10,7 +10,7 @@ use candle_core::cuda::cudarc::driver::{
 };
 use candle_core::cuda::cudarc::nvrtc::Ptx;
 use candle_core::cuda::{CudaStorageSlice, DeviceId};
-use candle_core::{CudaDevice, Result, Storage, Tensor};
+use candle_core::{CudaDevice, CudaStorage, Result};
 
 use super::launch::{Arg, Launch};
 
@@ -123,32 +123,16 @@ impl Launch for CudaKernels {
     }
 }
 
-/// Where a contiguous tensor lies on its GPU. It must stay alive until what uses the address is launched;
-/// memory is freed in the order of the stream.
-pub fn address(tensor: &Tensor) -> Result<u64> {
-    let (storage, layout) = tensor.storage_and_layout();
-    let Storage::Cuda(storage) = &*storage else {
-        candle_core::bail!("a tensor on the GPU is needed, this one is on {:?}", tensor.device());
-    };
-    storage_address(storage, layout)
-}
-
-/// The same for a storage and its layout.
-pub fn storage_address(
-    storage: &candle_core::CudaStorage,
-    layout: &candle_core::Layout,
-) -> Result<u64> {
-    let Some((start, _)) = layout.contiguous_offsets() else {
-        candle_core::bail!("a kernel needs a contiguous tensor, got {layout:?}");
-    };
+/// Where a storage begins.
+pub(super) fn base(storage: &CudaStorage) -> Result<u64> {
     let stream = storage.device.cuda_stream();
-    let (base, size) = match &storage.slice {
-        CudaStorageSlice::BF16(slice) => (slice.device_ptr(&stream).0, 2),
-        CudaStorageSlice::F16(slice) => (slice.device_ptr(&stream).0, 2),
-        CudaStorageSlice::F32(slice) => (slice.device_ptr(&stream).0, 4),
-        CudaStorageSlice::U32(slice) => (slice.device_ptr(&stream).0, 4),
-        CudaStorageSlice::I32(slice) => (slice.device_ptr(&stream).0, 4),
-        _ => candle_core::bail!("a kernel takes bf16, f16, f32, u32 or i32"),
-    };
-    Ok(base + (start * size) as u64)
+    Ok(match &storage.slice {
+        CudaStorageSlice::BF16(slice) => slice.device_ptr(&stream).0,
+        CudaStorageSlice::F16(slice) => slice.device_ptr(&stream).0,
+        CudaStorageSlice::F32(slice) => slice.device_ptr(&stream).0,
+        CudaStorageSlice::U32(slice) => slice.device_ptr(&stream).0,
+        CudaStorageSlice::I32(slice) => slice.device_ptr(&stream).0,
+        CudaStorageSlice::I64(slice) => slice.device_ptr(&stream).0,
+        _ => candle_core::bail!("a kernel takes bf16, f16, f32, u32, i32 or i64"),
+    })
 }

@@ -1,87 +1,94 @@
 //! The decoder's operations between products and attention, on a GPU.
 
-use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::{CudaStorage, Layout, Result, Shape};
+use candle_core::{DType, Device, Result, Shape, Tensor};
 
-use super::cuda::{CudaKernels, storage_address};
 use super::launch::{Arg, Launch};
-
-/// A tensor as candle hands it to an operation.
-pub type Operand<'a> = (&'a CudaStorage, &'a Layout);
+use super::machine::address;
 
 /// Elements of a row that one thread block of `swiglu` takes.
 const SWIGLU_PART: usize = 2048;
 /// Heads that a thread block of `rope` takes.
 const ROPE_HEADS: usize = 4;
 
-/// [`crate::ops::rms_norm`].
-pub fn rms_norm(x: Operand<'_>, weight: Operand<'_>, eps: f64) -> Result<(CudaStorage, Shape)> {
-    let width = weight.1.shape().elem_count();
-    if width == 0 || x.1.dims().last() != Some(&width) {
-        candle_core::bail!("rms_norm: weight of {width} for input {:?}", x.1.dims());
+/// [`crate::ops::rms_norm`] of a contiguous `x`.
+pub fn rms_norm(gpu: &dyn Launch, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let width = weight.elem_count();
+    if width == 0 || x.dims().last() != Some(&width) {
+        candle_core::bail!("rms_norm: weight of {width} for input {:?}", x.dims());
     }
-    let rows = x.1.shape().elem_count() / width;
-    like(x, "rms_norm", [rows, 1, 1], |out| {
-        let (x, weight) = (address(x)?, address(weight)?);
-        Ok(vec![x, null(), weight, null(), out, int(width), Arg::from(eps as f32)])
-    })
+    let rows = x.elem_count() / width;
+    let out = like(x)?;
+    let args = [
+        Arg::from(address(x)?),
+        null(),
+        address(weight)?.into(),
+        null(),
+        address(&out)?.into(),
+        int(width),
+        Arg::from(eps as f32),
+    ];
+    // SAFETY: the arguments of the kernel, which writes all of `out`.
+    unsafe { gpu.launch(&named("rms_norm", x), [rows, 1, 1], &args)? };
+    Ok(out)
 }
 
-/// [`crate::ops::swiglu`].
-pub fn swiglu(gate: Operand<'_>, up: Operand<'_>) -> Result<(CudaStorage, Shape)> {
-    let Some(&width) = gate.1.dims().last() else {
+/// [`crate::ops::swiglu`] of contiguous operands.
+pub fn swiglu(gpu: &dyn Launch, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    let Some(&width) = gate.dims().last() else {
         candle_core::bail!("swiglu: needs at least one dimension");
     };
-    if gate.1.dims() != up.1.dims() {
-        candle_core::bail!("swiglu: shapes differ, {:?} and {:?}", gate.1.dims(), up.1.dims());
+    if gate.dims() != up.dims() {
+        candle_core::bail!("swiglu: shapes differ, {:?} and {:?}", gate.dims(), up.dims());
     }
-    let rows = gate.1.shape().elem_count() / width.max(1);
-    like(gate, "swiglu", [rows, width.div_ceil(SWIGLU_PART), 1], |out| {
-        Ok(vec![address(gate)?, address(up)?, out, int(width), Arg::from(width as i64)])
-    })
+    let rows = gate.elem_count() / width.max(1);
+    let out = like(gate)?;
+    let args = [
+        Arg::from(address(gate)?),
+        address(up)?.into(),
+        address(&out)?.into(),
+        int(width),
+        Arg::from(width as i64),
+    ];
+    let grid = [rows, width.div_ceil(SWIGLU_PART), 1];
+    // SAFETY: as above.
+    unsafe { gpu.launch(&named("swiglu", gate), grid, &args)? };
+    Ok(out)
 }
 
-/// [`crate::ops::apply_rope`]; the angles are f32.
-pub fn rope(x: Operand<'_>, cos: Operand<'_>, sin: Operand<'_>) -> Result<(CudaStorage, Shape)> {
-    let (tokens, heads, dim) = x.1.shape().dims3()?;
-    if [cos, sin].iter().any(|(_, angles)| angles.dims() != [tokens, dim / 2]) || dim % 2 != 0 {
-        candle_core::bail!("rope: angles {:?} for input {:?}", cos.1.dims(), x.1.dims());
+/// [`crate::ops::apply_rope`] of a contiguous `x`; the angles are f32.
+pub fn rope(gpu: &dyn Launch, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let (tokens, heads, dim) = x.dims3()?;
+    let fit = |angles: &&Tensor| angles.dims() == [tokens, dim / 2] && angles.dtype() == DType::F32;
+    if ![cos, sin].iter().all(fit) || dim % 2 != 0 {
+        candle_core::bail!("rope: angles {:?} for input {:?}", cos.dims(), x.dims());
     }
     let stride = Arg::from((heads * dim) as i64);
-    like(x, "rope", [(tokens * heads).div_ceil(ROPE_HEADS), 1, 1], |out| {
-        let (x, cos, sin) = (address(x)?, address(cos)?, address(sin)?);
-        // Queries only: no keys, no cache.
-        let mut args = vec![x, null(), null(), null(), null(), cos, sin, out];
-        args.extend([null(), null(), null(), null(), null()]);
-        args.extend([int(tokens), int(heads), int(0), int(dim), stride, stride, stride]);
-        args.extend([int(0), Arg::from(0f32)]);
-        Ok(args)
-    })
+    let out = like(x)?;
+    // Queries only: no keys, no cache.
+    let mut args = vec![Arg::from(address(x)?), null(), null(), null(), null()];
+    args.extend([Arg::from(address(cos)?), address(sin)?.into(), address(&out)?.into()]);
+    args.extend([null(), null(), null(), null(), null()]);
+    args.extend([int(tokens), int(heads), int(0), int(dim), stride, stride, stride]);
+    args.extend([int(0), Arg::from(0f32)]);
+    let grid = [(tokens * heads).div_ceil(ROPE_HEADS), 1, 1];
+    // SAFETY: as above.
+    unsafe { gpu.launch(&named("rope", x), grid, &args)? };
+    Ok(out)
 }
 
-/// Runs `kernel` for the type of `x` with a result of its shape.
-fn like(
-    x: Operand<'_>,
-    kernel: &str,
-    grid: [usize; 3],
-    args: impl FnOnce(Arg) -> Result<Vec<Arg>>,
-) -> Result<(CudaStorage, Shape)> {
-    let (device, dtype) = (x.0.device(), x.0.dtype());
-    let shape = x.1.shape().clone();
-    // SAFETY: the kernel writes all of it.
-    let out = unsafe { device.alloc_uninit(&shape, dtype)? };
-    let args = args(address((&out, &Layout::contiguous(&shape)))?)?;
-    // SAFETY: the arguments are those of the kernel; shapes were checked, and the stream orders the launch
-    // before anything that frees an operand.
-    unsafe {
-        let kernels = CudaKernels::of(device)?;
-        kernels.launch(&format!("{kernel}_{}", dtype.as_str()), grid, &args)?;
-    }
-    Ok((out, shape))
+/// Room for a result, to be written whole by a kernel.
+pub fn room(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
+    // SAFETY: numbers of any bits are valid; a kernel writes them before they are read.
+    unsafe { Tensor::empty(shape, dtype, device) }
 }
 
-fn address((storage, layout): Operand<'_>) -> Result<Arg> {
-    storage_address(storage, layout).map(Arg::from)
+fn like(x: &Tensor) -> Result<Tensor> {
+    room(x.shape(), x.dtype(), x.device())
+}
+
+/// The kernel for the type of `x`.
+fn named(kernel: &str, x: &Tensor) -> String {
+    format!("{kernel}_{}", x.dtype().as_str())
 }
 
 fn null() -> Arg {

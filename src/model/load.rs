@@ -68,7 +68,7 @@ pub struct LoadedModel {
 /// # Errors
 /// [`ModelError`] for files that are missing, broken or of a kind that would be computed wrongly.
 pub fn load(source: &ModelSource, options: &LoadOptions) -> Result<LoadedModel, ModelError> {
-    if options.quantize.is_some() && !options.placement.device.is_cpu() {
+    if options.quantize.is_some() && options.placement.is_gpu() {
         return Err(ModelError::Unsupported {
             file: source.default_name(),
             what: "--quantize on a GPU".to_owned(),
@@ -145,10 +145,7 @@ fn load_gguf(
         let tokenizer_config = read_json(files, "tokenizer_config.json")?;
         eos_token_ids.extend(template_eos(&tokenizer_config, &tokenizer));
     }
-    let decoder = match placement.device.is_cpu() {
-        true => build(gguf.config(), gguf)?,
-        false => build(gguf.config(), &Placed { reader: gguf, placement })?,
-    };
+    let decoder = gguf_decoder(gguf, placement)?;
     Ok(assemble(name, decoder, tokenizer, chat_template, eos_token_ids))
 }
 
@@ -168,21 +165,22 @@ fn assemble(
 }
 
 /// The decoder alone, for tools that bring their own token ids.
-pub fn load_decoder(
-    source: &ModelSource,
-    quantize: Option<Quantize>,
-) -> Result<Decoder, ModelError> {
+pub fn load_decoder(source: &ModelSource, options: &LoadOptions) -> Result<Decoder, ModelError> {
     let files = source.files()?;
     match source.gguf(&files)? {
-        Some(path) => {
-            let gguf = GgufFile::open(&path)?;
-            build(gguf.config(), &gguf)
-        }
+        Some(path) => gguf_decoder(&GgufFile::open(&path)?, &options.placement),
         None => {
             let config = files.require("config.json")?;
             let config = ModelConfig::from_json(&config, &files.describe("config.json"))?;
-            safetensors_decoder(&files, config, quantize, &Placement::default())
+            safetensors_decoder(&files, config, options.quantize, &options.placement)
         }
+    }
+}
+
+fn gguf_decoder(gguf: &GgufFile, placement: &Placement) -> Result<Decoder, ModelError> {
+    match placement.is_gpu() {
+        true => build(gguf.config(), &Placed { reader: gguf, placement }),
+        false => build(gguf.config(), gguf),
     }
 }
 

@@ -81,12 +81,12 @@ impl Attend for Recording {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{ModelSource, load_decoder};
+    use crate::model::{LoadOptions, ModelSource, load_decoder};
     use crate::ops::tests::assert_close;
 
     #[test]
     fn chunks_give_the_keys_and_values_of_one_pass() {
-        let decoder = load_decoder(&ModelSource::Demo, None).unwrap();
+        let decoder = load_decoder(&ModelSource::Demo, &LoadOptions::default()).unwrap();
         let tokens: Vec<u32> = (0..45).map(|i| i * 7 % 90).collect();
         let whole = prefill_chunked(&decoder, &tokens, tokens.len()).unwrap();
         assert_eq!(whole.len(), decoder.config().layers);

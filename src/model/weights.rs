@@ -11,6 +11,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use super::decoder::Decoder;
 use super::layer::Layer;
 use super::{ModelConfig, ModelError, Quantize};
+use crate::gpu::is_gpu;
 use crate::ops::memory::Pages;
 use crate::ops::{Linear, Matrix, RopeTable};
 
@@ -20,6 +21,13 @@ pub struct Placement {
     pub device: Device,
     /// Of weights, hidden states, keys and values.
     pub dtype: DType,
+}
+
+impl Placement {
+    /// Whether kernels of `kernels/` compute there.
+    pub fn is_gpu(&self) -> bool {
+        is_gpu(&self.device, self.dtype)
+    }
 }
 
 impl Default for Placement {
@@ -241,7 +249,7 @@ impl<'a> SafetensorsReader<'a> {
 
 impl WeightReader for SafetensorsReader<'_> {
     fn vector(&self, name: &str, len: usize) -> Result<Option<Tensor>, ModelError> {
-        if !self.placement.device.is_cpu() {
+        if self.placement.is_gpu() {
             return self.placed(name, &[len]);
         }
         let Some(values) = self.f32(name, &[len])? else { return Ok(None) };
@@ -253,7 +261,7 @@ impl WeightReader for SafetensorsReader<'_> {
         name: &str,
         (rows, columns): (usize, usize),
     ) -> Result<Option<Matrix>, ModelError> {
-        if !self.placement.device.is_cpu() {
+        if self.placement.is_gpu() {
             let placed = self.placed(name, &[rows, columns])?;
             return Ok(placed.as_ref().map(Matrix::dense).transpose()?);
         }

@@ -5,13 +5,18 @@ use rayon::prelude::*;
 
 use super::simd::{Lanes, dispatch};
 use super::{Numbers, contiguous_f32};
+use crate::gpu::{self, machine_of};
 
 /// Rows per parallel task: below this the work is cheaper than handing it over.
 const ROWS: usize = 16;
 
 /// `x / sqrt(mean(x², last dim) + eps) * weight` for `x` of shape `[.., width]` and `weight` `[width]`.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    x.contiguous()?.apply_op2(weight, RmsNorm { eps })
+    let x = x.contiguous()?;
+    match machine_of(&x)? {
+        Some(gpu) => gpu::ops::rms_norm(&*gpu, &x, weight, eps),
+        None => x.apply_op2(weight, RmsNorm { eps }),
+    }
 }
 
 struct RmsNorm {
@@ -48,17 +53,6 @@ impl CustomOp2 for RmsNorm {
             },
         );
         Ok((CpuStorage::F32(out), l1.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        s1: &candle_core::CudaStorage,
-        l1: &Layout,
-        s2: &candle_core::CudaStorage,
-        l2: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        crate::gpu::ops::rms_norm((s1, l1), (s2, l2), self.eps)
     }
 }
 

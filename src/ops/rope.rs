@@ -6,6 +6,7 @@ use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::{Numbers, contiguous_f32};
+use crate::gpu::{self, machine_of};
 
 /// How a model stretches its rotary frequencies.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -93,7 +94,11 @@ fn scale_frequency(frequency: f64, scaling: RopeScaling) -> f64 {
 
 /// Rotates `x` `[tokens, heads, head_dim]` by `cos`, `sin` `[tokens, head_dim / 2]`.
 pub fn apply_rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    x.contiguous()?.apply_op3(cos, sin, Rope)
+    let x = x.contiguous()?;
+    match machine_of(&x)? {
+        Some(gpu) => gpu::ops::rope(&*gpu, &x, cos, sin),
+        None => x.apply_op3(cos, sin, Rope),
+    }
 }
 
 struct Rope;
@@ -138,19 +143,6 @@ impl CustomOp3 for Rope {
             }
         });
         Ok((CpuStorage::F32(out), l1.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        s1: &candle_core::CudaStorage,
-        l1: &Layout,
-        s2: &candle_core::CudaStorage,
-        l2: &Layout,
-        s3: &candle_core::CudaStorage,
-        l3: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        crate::gpu::ops::rope((s1, l1), (s2, l2), (s3, l3))
     }
 }
 

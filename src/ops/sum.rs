@@ -1,6 +1,6 @@
 //! Sums of tensors.
 
-use candle_core::{CpuStorage, InplaceOp2, Layout, Result, Tensor};
+use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor};
 use rayon::prelude::*;
 
 use super::contiguous_f32;
@@ -13,7 +13,7 @@ const GRAIN: usize = 1 << 15;
 /// candle's own sum makes a third tensor, and on the CPU wakes a pool of threads that wait for one another
 /// without sleeping, a sixth of the processor time of a training step.
 pub fn add_in_place(x: Tensor, y: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() {
+    if !x.device().is_cpu() || x.dtype() != DType::F32 {
         return x + y;
     }
     x.inplace_op2(y, &Add)?;

@@ -5,13 +5,18 @@ use rayon::prelude::*;
 
 use super::simd::{Lanes, dispatch};
 use super::{Numbers, contiguous_f32};
+use crate::gpu::{self, machine_of};
 
 /// Elements per parallel task: below this the work is cheaper than handing it over.
 const GRAIN: usize = 8192;
 
 /// `silu(gate) * up`, element by element; both of the same shape.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu)
+    let (gate, up) = (gate.contiguous()?, up.contiguous()?);
+    match machine_of(&gate)? {
+        Some(gpu) => gpu::ops::swiglu(&*gpu, &gate, &up),
+        None => gate.apply_op2(&up, SwiGlu),
+    }
 }
 
 struct SwiGlu;
@@ -39,17 +44,6 @@ impl CustomOp2 for SwiGlu {
             .zip(up.par_chunks(GRAIN))
             .for_each(|((out, gate), up)| activate(out, gate, up));
         Ok((CpuStorage::F32(out), l1.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        s1: &candle_core::CudaStorage,
-        l1: &Layout,
-        s2: &candle_core::CudaStorage,
-        l2: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        crate::gpu::ops::swiglu((s1, l1), (s2, l2))
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use candle_core::{Device, Tensor};
 use cartouche::cartridge::{Cartridge, LayerKv, Lease, Provenance};
-use cartouche::model::{Decoder, ModelSource, load_decoder};
+use cartouche::model::{Decoder, LoadOptions, ModelSource, Placement, load_decoder};
 use serde_json::Value;
 
 /// One folder of `tests/fixtures/models`.
@@ -19,7 +19,8 @@ pub struct ModelFixture {
 
 /// Every model fixture whose name passes `filter`; never none.
 pub fn model_fixtures(filter: impl Fn(&str) -> bool) -> Vec<ModelFixture> {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models");
+    // Relative, so that a test built elsewhere finds them from the root of a checkout.
+    let root = PathBuf::from("tests/fixtures/models");
     let mut fixtures: Vec<_> = std::fs::read_dir(&root)
         .unwrap()
         .map(|entry| entry.unwrap())
@@ -52,7 +53,12 @@ impl ModelFixture {
     }
 
     pub fn decoder(&self) -> Decoder {
-        load_decoder(&self.source(), None).unwrap_or_else(|e| panic!("{}: {e}", self.name))
+        self.decoder_on(Placement::default())
+    }
+
+    pub fn decoder_on(&self, placement: Placement) -> Decoder {
+        let options = LoadOptions { placement, ..LoadOptions::default() };
+        load_decoder(&self.source(), &options).unwrap_or_else(|e| panic!("{}: {e}", self.name))
     }
 
     pub fn prompts(&self) -> Vec<Vec<u32>> {

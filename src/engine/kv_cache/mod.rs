@@ -2,21 +2,21 @@
 //! own blocks. One form for each kind of device.
 
 mod cpu;
-#[cfg(feature = "cuda")]
-mod cuda;
+mod gpu;
 
 use candle_core::{DType, Device, Result};
 
 use self::cpu::{CpuAttention, CpuKvCache};
+use self::gpu::GpuKvCache;
 use super::blocks::{BLOCK_TOKENS, BlockTable};
 use crate::cartridge::{KvShape, Lease};
+use crate::gpu::machine;
 use crate::model::Attend;
 
 /// Keys and values of all blocks.
 pub enum KvCache {
     Cpu(CpuKvCache),
-    #[cfg(feature = "cuda")]
-    Cuda(cuda::CudaKvCache),
+    Gpu(GpuKvCache),
 }
 
 /// One sequence's part of a step: `rows` new tokens after `start` stored ones.
@@ -33,13 +33,10 @@ impl KvCache {
     /// # Errors
     /// The memory of a GPU does not suffice, or this program was built without support for it.
     pub fn new(shape: KvShape, blocks: usize, device: &Device, dtype: DType) -> Result<Self> {
-        match device {
-            Device::Cpu => Ok(Self::Cpu(CpuKvCache::new(shape, blocks))),
-            #[cfg(feature = "cuda")]
-            Device::Cuda(device) => {
-                Ok(Self::Cuda(cuda::CudaKvCache::new(shape, blocks, device, dtype)?))
-            }
-            other => candle_core::bail!("no KV cache of {dtype:?} on {other:?} in this program"),
+        match (machine(device, dtype)?, device) {
+            (Some(gpu), _) => Ok(Self::Gpu(GpuKvCache::new(shape, blocks, gpu, device, dtype)?)),
+            (None, Device::Cpu) => Ok(Self::Cpu(CpuKvCache::new(shape, blocks))),
+            (None, other) => candle_core::bail!("no KV cache on {other:?} in this program"),
         }
     }
 
@@ -58,8 +55,7 @@ impl KvCache {
         match self {
             Self::Cpu(cache) => Box::new(CpuAttention { cache, batch, group_min }),
             // Reading a cartridge once for all is never slower there.
-            #[cfg(feature = "cuda")]
-            Self::Cuda(cache) => Box::new(cache.attention(batch)),
+            Self::Gpu(cache) => Box::new(cache.attention(batch)),
         }
     }
 }

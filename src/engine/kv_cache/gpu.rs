@@ -1,44 +1,47 @@
 //! The KV cache on a GPU.
 
-use std::sync::Arc;
-
-use candle_core::{CudaDevice, DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::{BLOCK_TOKENS, BatchEntry};
 use crate::cartridge::{KvShape, Lease};
+use crate::gpu::ops::room;
 use crate::gpu::{
-    Arg, CartridgeLayer, CudaKernels, Launch, LayerAddresses, QuerySequence, StepAttention,
-    StepHeads, address,
+    Arg, CartridgeLayer, LayerAddresses, Machine, QuerySequence, StepAttention, StepHeads, address,
 };
 use crate::model::Attend;
 
 /// Per layer keys and values, each `[blocks, kv_heads, BLOCK_TOKENS, head_dim]`.
-pub struct CudaKvCache {
+pub struct GpuKvCache {
     shape: KvShape,
     dtype: DType,
     device: Device,
-    kernels: Arc<CudaKernels>,
+    gpu: Machine,
     layers: Vec<(Tensor, Tensor)>,
 }
 
-impl CudaKvCache {
-    pub fn new(shape: KvShape, blocks: usize, device: &CudaDevice, dtype: DType) -> Result<Self> {
-        let kernels = CudaKernels::of(device)?;
-        let device = Device::Cuda(device.clone());
+impl GpuKvCache {
+    /// On `gpu`, the machine of `device`.
+    pub fn new(
+        shape: KvShape,
+        blocks: usize,
+        gpu: Machine,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
         let dims = (blocks, shape.kv_heads, BLOCK_TOKENS, shape.head_dim);
-        let zeros = || Tensor::zeros(dims, dtype, &device);
+        let zeros = || Tensor::zeros(dims, dtype, device);
         let layers = (0..shape.layers).map(|_| Ok((zeros()?, zeros()?))).collect::<Result<_>>()?;
-        Ok(Self { shape, dtype, device, kernels, layers })
+        Ok(Self { shape, dtype, device: device.clone(), gpu, layers })
     }
 
-    pub fn attention<'a>(&'a mut self, batch: &'a [BatchEntry<'a>]) -> CudaAttention<'a> {
-        CudaAttention { cache: self, batch, step: None }
+    pub fn attention<'a>(&'a mut self, batch: &'a [BatchEntry<'a>]) -> GpuAttention<'a> {
+        GpuAttention { cache: self, batch, step: None }
     }
 }
 
 /// Attention of a step over this cache.
-pub struct CudaAttention<'a> {
-    cache: &'a mut CudaKvCache,
+pub struct GpuAttention<'a> {
+    cache: &'a mut GpuKvCache,
     batch: &'a [BatchEntry<'a>],
     /// Made with the first layer, which says how many heads the queries have.
     step: Option<Step<'a>>,
@@ -56,7 +59,7 @@ struct Step<'a> {
     lse: Tensor,
 }
 
-impl<'a> CudaAttention<'a> {
+impl<'a> GpuAttention<'a> {
     fn plan(&self, heads: usize) -> Result<Step<'a>> {
         let KvShape { kv_heads, head_dim, .. } = self.cache.shape;
         // A cartridge is known by its layers: leases of one generation share them.
@@ -95,15 +98,13 @@ impl<'a> CudaAttention<'a> {
         let device = &self.cache.device;
         let places = Tensor::from_iter(places, device)?;
         let indices = Tensor::from_iter(plan.indices().iter().copied(), device)?;
-        // SAFETY: the kernels write all of it before the merge reads it.
-        let parts = unsafe { Tensor::empty((plan.slots(), heads, head_dim), DType::F32, device)? };
-        // SAFETY: as above.
-        let lse = unsafe { Tensor::empty((plan.slots(), heads), DType::F32, device)? };
+        let parts = room((plan.slots(), heads, head_dim), DType::F32, device)?;
+        let lse = room((plan.slots(), heads), DType::F32, device)?;
         Ok(Step { plan, leases, indices, places, parts, lse })
     }
 }
 
-impl Attend for CudaAttention<'_> {
+impl Attend for GpuAttention<'_> {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (rows, heads, head_dim) = q.dims3()?;
         let step = match self.step.take() {
@@ -123,11 +124,11 @@ impl Attend for CudaAttention<'_> {
             (kv_heads as i32).into(),
             (head_dim as i32).into(),
         ];
-        let kernels = &*self.cache.kernels;
+        let gpu = &*self.cache.gpu;
         let dtype = self.cache.dtype;
         // SAFETY: the kernel's arguments; every place is inside of a block of the cache.
         unsafe {
-            kernels.launch(&format!("kv_write_{}", dtype.as_str()), [rows, 1, 1], &write)?;
+            gpu.launch(&format!("kv_write_{}", dtype.as_str()), [rows, 1, 1], &write)?;
         }
         let cartridges = step.leases.iter().map(|lease| {
             let kv = &lease.layers()[layer];
@@ -138,8 +139,7 @@ impl Attend for CudaAttention<'_> {
             })
         });
         let cartridges = cartridges.collect::<Result<Vec<_>>>()?;
-        // SAFETY: the merge writes every row of it.
-        let out = unsafe { Tensor::empty((rows, heads, head_dim), dtype, &self.cache.device)? };
+        let out = room((rows, heads, head_dim), dtype, &self.cache.device)?;
         let at = LayerAddresses {
             indices: address(&step.indices)?,
             q: address(&q)?,
@@ -153,7 +153,7 @@ impl Attend for CudaAttention<'_> {
         let scale = 1.0 / (head_dim as f32).sqrt();
         // SAFETY: the tensors above and those of the leases have these shapes and live until the end of the
         // step; the stream orders what is freed after it.
-        unsafe { step.plan.launch(kernels, dtype, &at, scale)? };
+        unsafe { step.plan.launch(gpu, dtype, &at, scale)? };
         self.step = Some(step);
         Ok(out)
     }
