@@ -59,6 +59,11 @@ pub struct RuntimeOptions {
     /// are the same [default: 2]
     #[arg(long, env = "CARTOUCHE_GROUP_MIN_SEQUENCES")]
     pub group_min_sequences: Option<usize>,
+    /// On a GPU, compute prompts without cartridges by FlashAttention where a step holds nothing else:
+    /// not measured yet, compare with `cartouche bench`
+    #[cfg(feature = "flash-attn")]
+    #[arg(long, env = "CARTOUCHE_FLASH_ATTN", num_args = 0..=1, default_missing_value = "true")]
+    pub flash_attn: Option<bool>,
     /// Folder of cartridges: {dir}/{id}/cartridge.pt or .safetensors [default: cartridges]
     #[arg(long, env = "CARTOUCHE_CARTRIDGE_DIR")]
     pub cartridge_dir: Option<PathBuf>,
@@ -139,6 +144,8 @@ impl RuntimeOptions {
             prefix_cache: !self.no_prefix_cache.unwrap_or(!default.prefix_cache),
             max_unread_events: default.max_unread_events,
             group_min_sequences: self.group_min_sequences.unwrap_or(default.group_min_sequences),
+            #[cfg(feature = "flash-attn")]
+            flash_attn: self.flash_attn.unwrap_or(default.flash_attn),
         }
     }
 

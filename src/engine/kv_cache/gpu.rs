@@ -17,6 +17,8 @@ pub struct GpuKvCache {
     device: Device,
     gpu: Machine,
     layers: Vec<(Tensor, Tensor)>,
+    #[cfg(feature = "flash-attn")]
+    pub flash_attn: bool,
 }
 
 impl GpuKvCache {
@@ -31,7 +33,15 @@ impl GpuKvCache {
         let dims = (blocks, shape.kv_heads, BLOCK_TOKENS, shape.head_dim);
         let zeros = || Tensor::zeros(dims, dtype, device);
         let layers = (0..shape.layers).map(|_| Ok((zeros()?, zeros()?))).collect::<Result<_>>()?;
-        Ok(Self { shape, dtype, device: device.clone(), gpu, layers })
+        Ok(Self {
+            shape,
+            dtype,
+            device: device.clone(),
+            gpu,
+            layers,
+            #[cfg(feature = "flash-attn")]
+            flash_attn: false,
+        })
     }
 
     pub fn attention<'a>(&'a mut self, batch: &'a [BatchEntry<'a>]) -> GpuAttention<'a> {
@@ -57,6 +67,8 @@ struct Step<'a> {
     places: Tensor,
     parts: Tensor,
     lse: Tensor,
+    #[cfg(feature = "flash-attn")]
+    plain: Option<super::flash::PlainPrefill>,
 }
 
 impl<'a> GpuAttention<'a> {
@@ -100,7 +112,19 @@ impl<'a> GpuAttention<'a> {
         let indices = Tensor::from_iter(plan.indices().iter().copied(), device)?;
         let parts = room((plan.slots(), heads, head_dim), DType::F32, device)?;
         let lse = room((plan.slots(), heads), DType::F32, device)?;
-        Ok(Step { plan, leases, indices, places, parts, lse })
+        Ok(Step {
+            plan,
+            leases,
+            indices,
+            places,
+            parts,
+            lse,
+            #[cfg(feature = "flash-attn")]
+            plain: match self.cache.flash_attn {
+                true => super::flash::PlainPrefill::of(self.batch, device)?,
+                false => None,
+            },
+        })
     }
 }
 
@@ -130,6 +154,13 @@ impl Attend for GpuAttention<'_> {
         unsafe {
             gpu.launch(&format!("kv_write_{}", dtype.as_str()), [rows, 1, 1], &write)?;
         }
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        #[cfg(feature = "flash-attn")]
+        if let Some(plain) = &step.plain {
+            let out = plain.attend(&q, &k, &v, scale);
+            self.step = Some(step);
+            return out;
+        }
         let cartridges = step.leases.iter().map(|lease| {
             let kv = &lease.layers()[layer];
             Ok(CartridgeLayer {
@@ -150,7 +181,6 @@ impl Attend for GpuAttention<'_> {
             lse: address(&step.lse)?,
             out: address(&out)?,
         };
-        let scale = 1.0 / (head_dim as f32).sqrt();
         // SAFETY: the tensors above and those of the leases have these shapes and live until the end of the
         // step; the stream orders what is freed after it.
         unsafe { step.plan.launch(gpu, dtype, &at, scale)? };
