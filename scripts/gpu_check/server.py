@@ -13,10 +13,10 @@ ANSWER_LIMIT = 60.0
 
 class Server:
     def __init__(self, check, device: str, limit: float):
-        self.log_path = check.temporary / f"serve-{device.replace(':', '')}.log"
-        self.log = open(self.log_path, "w+", encoding="utf-8", errors="replace")
         command = [check.binaries.program(), "serve", "--device", device, "--port", "0"]
         command += ["--cartridge-dir", check.temporary / "no-cartridges"]
+        self.log_path = check.temporary / f"serve-{device.replace(':', '')}.log"
+        self.log = open(self.log_path, "w+", encoding="utf-8", errors="replace")
         self.process = process.start(command, check.env, stdout=self.log, stderr=self.log)
         try:
             self.port = self.wait_for_port(time.monotonic() + min(START_LIMIT, limit))

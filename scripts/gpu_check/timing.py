@@ -21,7 +21,7 @@ REHEARSED = "llama-3.2-1b"
 OF_ROOF = {"decode": 0.8, "cartridge": 0.8}
 OVER_PYTORCH = {"attention": 1.0, "train": 1.0}
 OVER_TEXT = {"capacity": 26.4}  # of the paper, arXiv 2506.06266
-COLUMNS = ["shape", "what", "case", "predicted ms", "measured ms", "of roof", "PyTorch ms", "ratio to PyTorch",
+COLUMNS = ["what", "case", "predicted ms", "measured ms", "of roof", "PyTorch ms", "ratio to PyTorch",
            "flash alone ms", "ratio to flash alone", "ratio to other row", "peak MiB", "PyTorch's peak MiB", "goal", "met"]
 DETAIL = ["layers", "of_layers", "scale", "dtype", "min_ms", "max_ms", "runs", "bytes", "flops", "bound", "gb_per_s",
           "tflop_per_s", "tokens_per_s", "ratio_predicted", "note"]
@@ -30,10 +30,9 @@ DETAIL = ["layers", "of_layers", "scale", "dtype", "min_ms", "max_ms", "runs", "
 def timing(check, step) -> None:
     step.notes.append((__doc__ or "").split("\n\n", 1)[1].replace("\n", " "))
     shapes = [REHEARSED] if check.rehearse else check.shapes
-    table = step.table("Times", COLUMNS)
-    every = Table("", [*COLUMNS, *DETAIL], file="timings")
+    every = Table("", ["shape", *COLUMNS, *DETAIL], file="timings")
     check.report.extra.append(every)
-    missing = []
+    missing, broken = [], []
     for i, shape in enumerate(shapes):
         left = check.left(step)
         if i and left < LEAST_SECONDS:
@@ -41,27 +40,29 @@ def timing(check, step) -> None:
             continue
         # The first shape is the one we want whole; the others take what it leaves.
         ours, said = measure(check, shape, left * SHARE_OF_OURS)
-        if said:
-            missing.append(f"{shape}: {said}")
+        broken += [f"{shape}: {said}"] if said else []
         before = machine.under_load(check) if not check.rehearse else ""
         theirs, said = peers(check, step, shape, ours, check.left(step))
-        if said:
-            missing.append(f"{shape}: {said}")
+        broken += [f"{shape}: {said}"] if said else []
         if before:
             step.notes.append(f"{shape}: the card just after ours {before}; just after PyTorch {machine.under_load(check)}.")
+        table = step.table(f"{shape}, {ours[0]['layers']} of {ours[0]['of_layers']} layers" if ours else shape, COLUMNS)
         for row in ours:
-            cells = line(row, [peer for peer in theirs if peer["case"] == row["case"] and peer["what"] == row["what"]])
+            of_row = [peer for peer in theirs if (peer["what"], peer["case"]) == (row["what"], row["case"])]
+            cells = line(row, of_row, check.rehearse)
             table.rows.append(cells)
-            every.rows.append([*cells, *(row.get(name) for name in DETAIL)])
+            every.rows.append([shape, *cells, *(row.get(name) for name in DETAIL)])
         check.report.write()
-    step.notes += missing
-    judged = [row for row in table.rows if row[-1] in ("yes", "no")]
-    if not table.rows:
-        return step.failed("nothing was measured: " + "; ".join(missing))
-    summary = f"{len(table.rows)} figures"
-    if not check.rehearse:
-        summary += f", {sum(row[-1] == 'yes' for row in judged)} of {len(judged)} goals met"
-    step.passed(summary + (f"; {'; '.join(missing)}" if missing else ""))
+    missing += ["NO PYTORCH, no ratios"] if check.torch is None else []
+    step.notes += [*missing, *broken]
+    judged = [row for row in every.rows if cell(row, "met") in ("yes", "no")]
+    if not every.rows:
+        return step.failed("nothing was measured: " + "; ".join(broken))
+    summary = f"{len(every.rows)} figures"
+    if judged:
+        summary += f", {sum(cell(row, 'met') == 'yes' for row in judged)} of {len(judged)} goals met"
+    summary = "; ".join([summary, *missing, *broken])
+    (step.failed if broken else step.passed)(summary)
 
 
 def measure(check, shape: str, seconds: float) -> tuple[list[dict], str]:
@@ -77,31 +78,36 @@ def measure(check, shape: str, seconds: float) -> tuple[list[dict], str]:
 
 
 def peers(check, step, shape: str, ours: list[dict], seconds: float) -> tuple[list[dict], str]:
-    if check.torch is None:
-        return [], "NO PYTORCH, no ratios"
-    if not ours:
-        return [], "nothing for PyTorch to be compared with"
+    if check.torch is None or not ours:
+        return [], ""
     rows, config = check.temporary / f"bench-{shape}/shape.csv", ROOT / "assets/shapes" / f"{shape}.json"
     command = [check.python, "-m", "gpu_check.torch_peers", rows, config, check.device, max(seconds - 10, 5)]
     done = run(command, seconds, {"PYTHONPATH": str(ROOT / "scripts")})
     check.report.log(f"torch_peers {shape}: {done.end()}", done.output)
+    if not done.ok:
+        step.excerpt(f"PyTorch's part of {shape}", done.output)
     lines = [json.loads(text) for text in done.output.splitlines() if text.startswith("{")]
     notes = [f"{entry['what']} {entry['case']}: {entry['note']}" for entry in lines if "note" in entry]
     step.notes += notes
     return [entry for entry in lines if "form" in entry], "" if done.ok else f"PyTorch's part: {done.end()}"
 
 
-def line(row: dict, peers_of_row: list[dict]) -> list:
+def cell(row: list, column: str):
+    """Of a row that begins with its shape."""
+    return row[1 + COLUMNS.index(column)]
+
+
+def line(row: dict, peers_of_row: list[dict], rehearse: bool) -> list:
     by_form = {peer["form"]: peer for peer in peers_of_row}
     alone = by_form.pop("flash", None) if "flash with prefix" in by_form else None
     same = next(iter(by_form.values()), None)
     ours = number(row["measured_ms"])
     over = [peer["measured_ms"] / ours if peer and ours else None for peer in (same, alone)]
-    goal, met = judge(row, over[0])
+    goal, met = ("", "") if rehearse else judge(row, over[0])
     times = [number(row["predicted_ms"]), ours, number(row["roof_fraction"])]
     theirs = [same and same["measured_ms"], over[0], alone and alone["measured_ms"], over[1]]
     peaks = [number(row["ratio"]), number(row["peak_mib"]), same and same.get("peak_mib")]
-    return [row["shape"], row["what"], row["case"], *times, *theirs, *peaks, goal, met]
+    return [row["what"], row["case"], *times, *theirs, *peaks, goal, met]
 
 
 def judge(row: dict, over_pytorch: float | None) -> tuple[str, str]:

@@ -55,6 +55,10 @@ class Peers:
     def numbers(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self.device, generator=self.generator, dtype=torch.float32).to(self.dtype)
 
+    def heads(self) -> tuple[int, int, int]:
+        c = self.config
+        return c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
+
     def roof(self, case: dict, row: dict):
         if "product" in row["case"]:
             side = int(case["side"])
@@ -68,7 +72,7 @@ class Peers:
 
     def attention(self, case: dict, _row: dict):
         tokens, length, prefix = int(case["tokens"]), int(case["length"]), int(case["prefix"])
-        heads, kv_heads, dim = int(case["heads"]), int(case["kv_heads"]), int(case["head_dim"])
+        heads, kv_heads, dim = self.heads()
         batch = max(tokens // length, 1)
         # As a projection leaves them: [batch, rows, heads, dim], seen as [batch, heads, rows, dim].
         q = self.numbers(batch, length, heads, dim).transpose(1, 2)
@@ -100,7 +104,7 @@ class Peers:
         if case["of"] != "attention" or case["cartridges"] != "1":
             return
         keys, batch = int(case["p"]) + int(case["suffix"]), int(case["sequences"])
-        heads, kv_heads, dim = (self.config[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+        heads, kv_heads, dim = self.heads()
         layers = int(row["layers"])
         # More than any cache holds; all layers need not lie there at once.
         room = (torch.cuda.mem_get_info(self.device)[0] if self.cuda else 1 << 30) // 2
