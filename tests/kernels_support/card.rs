@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use candle_core::cuda::WrapErr;
 use candle_core::cuda::cudarc::driver::{CudaSlice, DevicePtr};
 use candle_core::{CudaDevice, Device, Result};
-use cartouche::gpu::{Arg, CudaKernels, Launch};
+use cartouche::gpu::{self, Arg, CudaKernels, Launch};
 
 use super::memory::{POISON, buffer_at};
 
@@ -17,8 +17,8 @@ const GUARD: usize = 4096;
 pub fn device(index: usize) -> &'static CudaDevice {
     static DEVICE: OnceLock<CudaDevice> = OnceLock::new();
     DEVICE.get_or_init(|| {
-        let device = Device::new_cuda(index).unwrap_or_else(|e| panic!("cuda:{index}: {e}"));
-        let Device::Cuda(device) = device else { unreachable!("new_cuda gives a GPU") };
+        let device = gpu::device(index).unwrap_or_else(|e| panic!("cuda:{index}: {e}"));
+        let Device::Cuda(device) = device else { unreachable!("a GPU was asked for") };
         let name = device.cuda_stream().context().name();
         println!("KERNELS RUN ON cuda:{index}: {}", name.unwrap_or_default());
         device
