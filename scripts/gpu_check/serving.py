@@ -77,11 +77,12 @@ def named(cartridge: str) -> dict:
 
 def compare(table, way: str, bodies: list, ours: Server, cpu: Server, seconds: float) -> list[str]:
     """Asks both servers everything, several at a time, and adds a row; what is wrong."""
-    with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
-        try:
-            answers = [list(pool.map(s.chat, (b for b, _ in bodies), timeout=max(seconds, 1))) for s in (ours, cpu)]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = concurrent.futures.ThreadPoolExecutor(CLIENTS)
+    try:
+        answers = [list(pool.map(s.chat, (b for b, _ in bodies), timeout=max(seconds, 1))) for s in (ours, cpu)]
+    finally:
+        # Requests that hang end with their server.
+        pool.shutdown(wait=False, cancel_futures=True)
     same = ties = 0
     differences, chosen, problems = [], [], []
     for got, want in zip(*answers):

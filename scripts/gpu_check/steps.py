@@ -10,7 +10,7 @@ STEPS = [
     ("attention", "Attention's error beside PyTorch's", True, 60, attention.attention),
     ("serving", "Serving", True, 60, serving.serving),
     ("training", "Training", True, 90, training.training),
-    ("timing", "Timings", False, 240, timing.timing),
+    ("timing", "Timings", False, 300, timing.timing),
     ("sanitizer", "compute-sanitizer", True, 90, sanitizer.sanitizer),
 ]
 # Rehearsed on two cores in a debug build.

@@ -39,11 +39,11 @@ def timing(check, step) -> None:
             missing.append(f"{shape}: no time was left")
             continue
         # The first shape is the one we want whole; the others take what it leaves.
-        ours, said = measure(check, shape, left * SHARE_OF_OURS)
-        broken += [f"{shape}: {said}"] if said else []
+        ours, said, cut = measure(check, shape, left * SHARE_OF_OURS)
+        (missing if cut else broken).extend([f"{shape}: {said}"] if said else [])
         before = machine.under_load(check) if not check.rehearse else ""
-        theirs, said = peers(check, step, shape, ours, check.left(step))
-        broken += [f"{shape}: {said}"] if said else []
+        theirs, said, cut = peers(check, step, shape, ours, check.left(step))
+        (missing if cut else broken).extend([f"{shape}: {said}"] if said else [])
         if before:
             step.notes.append(f"{shape}: the card just after ours {before}; just after PyTorch {machine.under_load(check)}.")
         table = step.table(f"{shape}, {ours[0]['layers']} of {ours[0]['of_layers']} layers" if ours else shape, COLUMNS)
@@ -65,8 +65,8 @@ def timing(check, step) -> None:
     (step.failed if broken else step.passed)(summary)
 
 
-def measure(check, shape: str, seconds: float) -> tuple[list[dict], str]:
-    """Our rows, and why some are missing."""
+def measure(check, shape: str, seconds: float) -> tuple[list[dict], str, bool]:
+    """Our rows, why some are missing, and whether that is for want of time."""
     folder = check.temporary / f"bench-{shape}"
     command = [check.binaries.program(), "bench", "--shape", shape, "--device", check.device, "--out", folder]
     done = run([*command, *(REHEARSAL if check.rehearse else [])], seconds, check.env)
@@ -74,12 +74,12 @@ def measure(check, shape: str, seconds: float) -> tuple[list[dict], str]:
     path = folder / "shape.csv"
     rows = list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
     last = (done.output.strip().splitlines() or [""])[-1]
-    return rows, "" if done.ok else f"cartouche bench: {done.end()}: {last}"
+    return rows, "" if done.ok else f"cartouche bench: {done.end()}: {last}", done.code is None
 
 
-def peers(check, step, shape: str, ours: list[dict], seconds: float) -> tuple[list[dict], str]:
+def peers(check, step, shape: str, ours: list[dict], seconds: float) -> tuple[list[dict], str, bool]:
     if check.torch is None or not ours:
-        return [], ""
+        return [], "", False
     rows, config = check.temporary / f"bench-{shape}/shape.csv", ROOT / "assets/shapes" / f"{shape}.json"
     command = [check.python, "-m", "gpu_check.torch_peers", rows, config, check.device, max(seconds - 10, 5)]
     done = run(command, seconds, {"PYTHONPATH": str(ROOT / "scripts")})
@@ -89,7 +89,8 @@ def peers(check, step, shape: str, ours: list[dict], seconds: float) -> tuple[li
     lines = [json.loads(text) for text in done.output.splitlines() if text.startswith("{")]
     notes = [f"{entry['what']} {entry['case']}: {entry['note']}" for entry in lines if "note" in entry]
     step.notes += notes
-    return [entry for entry in lines if "form" in entry], "" if done.ok else f"PyTorch's part: {done.end()}"
+    said = "" if done.ok else f"PyTorch's part: {done.end()}"
+    return [entry for entry in lines if "form" in entry], said, done.code is None
 
 
 def cell(row: list, column: str):
