@@ -1,17 +1,13 @@
-//! The kernels of the program on a GPU. The buffers of a launch are copied there and back, with everything
-//! beside their numbers: what a kernel writes next to them is found by `Buffer::read`, as on the CPU, or here.
+//! The kernels of the program on a GPU, with the buffers of tests.
 
 use std::sync::OnceLock;
 
 use candle_core::cuda::WrapErr;
 use candle_core::cuda::cudarc::driver::{CudaSlice, DevicePtr};
-use candle_core::{CudaDevice, Device, Result};
+use candle_core::{CudaDevice, Device};
 use cartouche::gpu::{self, Arg, CudaKernels, Launch};
 
-use super::memory::{POISON, buffer_at};
-
-/// Poison in the GPU's memory on either side of a buffer, in the place of the pages that trap.
-const GUARD: usize = 4096;
+use super::copies::{self, Elsewhere};
 
 /// The GPU of all tests of this process. Says once which one it is.
 pub fn device(index: usize) -> &'static CudaDevice {
@@ -26,55 +22,36 @@ pub fn device(index: usize) -> &'static CudaDevice {
 }
 
 pub fn launch(index: usize, kernel: &str, grid: [usize; 3], args: &[Arg]) -> Result<(), String> {
-    run(device(index), kernel, grid, args).map_err(|error| error.to_string())
+    copies::launch(&Card(device(index)), kernel, grid, args)
 }
 
-/// A buffer of the test and its copy.
-struct Copied {
-    start: usize,
-    bytes: usize,
-    there: CudaSlice<u8>,
-}
+struct Card(&'static CudaDevice);
 
-fn run(device: &CudaDevice, kernel: &str, grid: [usize; 3], args: &[Arg]) -> Result<()> {
-    let stream = device.cuda_stream();
-    let mut copies: Vec<Copied> = Vec::new();
-    let mut there = Vec::with_capacity(args.len());
-    for arg in args {
-        // No number of these tests is as large as an address.
-        let address = arg.bytes().try_into().map(u64::from_ne_bytes).unwrap_or_default() as usize;
-        let Some((start, bytes)) = buffer_at(address) else {
-            there.push(*arg);
-            continue;
-        };
-        let at = match copies.iter().position(|copied| copied.start == start) {
-            Some(at) => at,
-            None => {
-                let mut image = vec![POISON; bytes + 2 * GUARD];
-                // SAFETY: a live buffer, which only this test uses, and no kernel runs.
-                let here = unsafe { std::slice::from_raw_parts(start as *const u8, bytes) };
-                image[GUARD..GUARD + bytes].copy_from_slice(here);
-                copies.push(Copied { start, bytes, there: stream.clone_htod(&image).w()? });
-                copies.len() - 1
-            }
-        };
-        let base = copies[at].there.device_ptr(&stream).0;
-        there.push(Arg::from(base + (GUARD + address - start) as u64));
+impl Elsewhere for Card {
+    type Memory = CudaSlice<u8>;
+
+    fn put(&self, bytes: &[u8]) -> Result<Self::Memory, String> {
+        self.0.cuda_stream().clone_htod(bytes).w().map_err(|e| e.to_string())
     }
-    // SAFETY: the arguments are those that the emulation checks against the kernel's declaration; addresses
-    // are of copies that live until the launch has run.
-    unsafe { CudaKernels::of(device)?.launch(kernel, grid, &there)? };
-    stream.synchronize().w().map_err(|error| error.context(format!("kernel {kernel}")))?;
-    for (i, Copied { start, bytes, there }) in copies.iter().enumerate() {
-        let image = stream.clone_dtoh(there).w()?;
-        stream.synchronize().w()?;
-        let (front, rest) = image.split_at(GUARD);
-        let (numbers, back) = rest.split_at(*bytes);
-        if front.iter().chain(back).any(|byte| *byte != POISON) {
-            candle_core::bail!("kernel {kernel}: a write outside of every buffer, near the {i}th");
-        }
-        // SAFETY: as above; `numbers` has as many bytes.
-        unsafe { std::ptr::copy_nonoverlapping(numbers.as_ptr(), *start as *mut u8, *bytes) };
+
+    fn address(&self, memory: &Self::Memory) -> u64 {
+        memory.device_ptr(&self.0.cuda_stream()).0
     }
-    Ok(())
+
+    fn get(&self, memory: &Self::Memory) -> Result<Vec<u8>, String> {
+        let stream = self.0.cuda_stream();
+        let bytes = stream.clone_dtoh(memory).w().map_err(|e| e.to_string())?;
+        stream.synchronize().w().map_err(|e| e.to_string())?;
+        Ok(bytes)
+    }
+
+    fn launch(&self, kernel: &str, grid: [usize; 3], args: &[Arg]) -> Result<(), String> {
+        let run = || {
+            // SAFETY: the arguments are those that the emulation holds to the kernel's declaration; addresses
+            // are of copies that live until the launch has run.
+            unsafe { CudaKernels::of(self.0)?.launch(kernel, grid, args)? };
+            self.0.cuda_stream().synchronize().w()
+        };
+        run().map_err(|error: candle_core::Error| format!("kernel {kernel}: {error}"))
+    }
 }

@@ -7,11 +7,13 @@ mod build;
 #[cfg(feature = "cuda")]
 mod card;
 mod cases;
+mod copies;
 mod emulation;
 mod memory;
 
 pub use build::Library;
 pub use cases::{Expected, Random, Shape, check_one, shape};
+pub use copies::{Elsewhere, launch as launch_elsewhere};
 pub use emulation::{Emulation, placement};
 pub use memory::{Buffer, Side};
 
@@ -96,7 +98,8 @@ impl Library {
         }
     }
 
-    fn run_here(
+    /// On the emulation, or a twin.
+    pub fn run_here(
         &self,
         function: &str,
         grid: [usize; 3],
