@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import types
@@ -45,6 +46,8 @@ class Runs(unittest.TestCase):
         (no_torch / "torch.py").write_text("raise ImportError('no torch here')")
         self.python = self.script(self.tools / "python-without-torch",
                                   NO_TORCH.format(folder=no_torch, python=sys.executable))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
         self.enterContext(mock.patch.dict(os.environ, {"PATH": f"{self.tools}:/usr/bin:/bin"}))
 
     def script(self, path: pathlib.Path, text: str) -> pathlib.Path:
@@ -60,11 +63,8 @@ class Runs(unittest.TestCase):
 
     def check(self, *arguments: str, rehearse: bool = False) -> tuple[int, str]:
         given = ["--bin", str(self.bin), "--out", str(self.out), "--python", str(self.python), *arguments]
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         with contextlib.redirect_stdout(io.StringIO()):
             code = main.main([*given, *(["--rehearse"] if rehearse else [])])
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         return code, (self.out / "report.md").read_text()
 
     def test_one_bad_binary_does_not_stop_the_others(self):
@@ -160,6 +160,19 @@ class Runs(unittest.TestCase):
             self.script(self.tools / "compute-sanitizer", f"#!/bin/sh\nprintf '{said}'\nexit {code}\n")
             with mock.patch.object(sanitizer, "TESTS", {"kernels_loss": ["a::one"]}):
                 self.assertIn(f"compute-sanitizer | {status}", self.check("--only", "sanitizer")[1])
+
+    def test_an_archive_is_unpacked_and_its_manifest_shown(self):
+        self.nvidia_smi()
+        self.program("kernels_a", PASSES)
+        (self.folder / "MANIFEST.txt").write_text("commit: 0123456789")
+        with tarfile.open(self.folder / "pack.tar.xz", "w:xz") as archive:
+            for name in ("MANIFEST.txt", "bin"):
+                archive.add(self.folder / name, arcname=name)
+        command = ["--out", str(self.out), "--python", str(self.python), "--only", "kernels"]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            self.assertEqual(main.main([str(self.folder / "pack.tar.xz"), *command]), 0)
+            self.assertEqual(main.main([str(self.folder / "bin/kernels_a"), *command]), 2)
+        self.assertIn("commit: 0123456789", (self.out / "report.md").read_text())
 
     def test_the_newest_of_cargos_builds_is_taken(self):
         deps = self.bin / "deps"

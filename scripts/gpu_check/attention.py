@@ -24,7 +24,7 @@ def attention(check, step) -> None:
     columns = ["case", "tensor", "our most", "SDPA's most", "our mean", "SDPA's mean", "our relative", "SDPA's relative"]
     table = step.table("Errors against f64", columns, file="errors")
     bad = []
-    for shape in SHAPES:
+    for shape in SHAPES[-1:] if check.rehearse else SHAPES:
         path = check.temporary / f"{shape}.safetensors"
         command = [check.binaries.program(), "bench", "--shape", shape, "--device", check.device, "--layers", "1"]
         command += ["--only", "attention", "--scale", SCALE, "--dump", path]

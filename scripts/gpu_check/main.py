@@ -1,10 +1,12 @@
 """Runs the steps one after the other and writes the report after each."""
 
 import datetime
+import lzma
 import os
 import pathlib
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
@@ -54,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
                 binaries = options.Binaries.unpack(chosen.archive, temporary)
             else:
                 binaries = options.Binaries(chosen.bin)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
             print(f"gpu-check: {chosen.archive}: {error}", file=sys.stderr)
             return 2
         return run_steps(chosen, binaries, temporary)
