@@ -28,11 +28,13 @@ if [ "$1" = --exact ]; then {alone}; fi
 {body}
 """
 PASSES = "echo 'test a::one ... ok'; echo 'test b::two ... ok'; echo 'KERNELS RUN ON cuda:0: X'; exit 0"
-FAILS = "echo 'test a::one ... ok'; echo 'test b::two ... FAILED'; echo \"it broke in /usr/lib/secret/place.rs\"; exit 101"
+FAILS = (
+    "echo 'test a::one ... ok'; echo 'test b::two ... FAILED'; echo \"it broke in /usr/lib/secret/place.rs\"; exit 101"
+)
 HANGS = "echo 'test a::one ... ok'; sleep 600"
 CRASHES = "echo 'test a::one ... ok'; kill -SEGV $$"
 ELSEWHERE = "echo 'test a::one ... ok'; echo 'test b::two ... ok'; exit 0"
-NO_TORCH = "#!/bin/sh\nPYTHONPATH={folder} exec {python} \"$@\"\n"
+NO_TORCH = '#!/bin/sh\nPYTHONPATH={folder} exec {python} "$@"\n'
 
 
 class Runs(unittest.TestCase):
@@ -44,8 +46,9 @@ class Runs(unittest.TestCase):
         no_torch = self.folder / "without"
         no_torch.mkdir()
         (no_torch / "torch.py").write_text("raise ImportError('no torch here')")
-        self.python = self.script(self.tools / "python-without-torch",
-                                  NO_TORCH.format(folder=no_torch, python=sys.executable))
+        self.python = self.script(
+            self.tools / "python-without-torch", NO_TORCH.format(folder=no_torch, python=sys.executable)
+        )
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self.addCleanup(signal.signal, number, signal.getsignal(number))
         self.enterContext(mock.patch.dict(os.environ, {"PATH": f"{self.tools}:/usr/bin:/bin"}))
@@ -188,7 +191,10 @@ class Judgements(unittest.TestCase):
     """What the steps make of figures."""
 
     def answers(self, ours: list, theirs: list) -> list[str]:
-        servers = [types.SimpleNamespace(chat=lambda _, a=a: {"text": str([t[0] for t in a]), "tokens": a}) for a in (ours, theirs)]
+        servers = [
+            types.SimpleNamespace(chat=lambda _, a=a: {"text": str([t[0] for t in a]), "tokens": a})
+            for a in (ours, theirs)
+        ]
         table = report.Table("", [])
         return serving.compare(table, "plainly", [({}, None)], *servers, 10)
 

@@ -21,7 +21,16 @@ def attention(check, step) -> None:
     step.notes.append((__doc__ or "").split("\n\n", 1)[1].replace("\n", " "))
     if check.torch is None:
         return step.not_run("NO PYTORCH: nothing to compare with")
-    columns = ["case", "tensor", "our most", "SDPA's most", "our mean", "SDPA's mean", "our relative", "SDPA's relative"]
+    columns = [
+        "case",
+        "tensor",
+        "our most",
+        "SDPA's most",
+        "our mean",
+        "SDPA's mean",
+        "our relative",
+        "SDPA's relative",
+    ]
     table = step.table("Errors against f64", columns, file="errors")
     bad = []
     for shape in SHAPES[-1:] if check.rehearse else SHAPES:
@@ -49,8 +58,10 @@ def attention(check, step) -> None:
     if bad:
         step.failed("larger errors than PyTorch's allow: " + ", ".join(bad))
     else:
-        step.passed(f"{len(table.rows)} tensors; ours against SDPA's relative error: at most "
-                    f"{max(row[6] / row[7] for row in table.rows):.2f} times")
+        step.passed(
+            f"{len(table.rows)} tensors; ours against SDPA's relative error: at most "
+            f"{max(row[6] / row[7] for row in table.rows):.2f} times"
+        )
 
 
 def fine(ours: dict, sdpa: dict) -> bool:

@@ -14,8 +14,15 @@ import torch
 
 from .torch_attention import backend, exact, sdpa, with_prefix
 
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-         "U32": torch.uint32, "I32": torch.int32, "I64": torch.int64}
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 OPERANDS = ["q", "k", "v", "prefix_keys", "prefix_values"]
 
 
@@ -40,6 +47,7 @@ def compute(case: dict, dtype: torch.dtype, attend, device: str) -> dict[str, to
     ends = case["cu_seqlens"].tolist()
     parts = []
     for start, end in itertools.pairwise(ends):
+
         def own(name, start=start, end=end):
             return leaves[name][start:end].transpose(0, 1)[None]
 
@@ -55,8 +63,11 @@ def errors(got: torch.Tensor, want: torch.Tensor) -> dict[str, float]:
     if got.shape != want.shape:
         raise ValueError(f"shape {tuple(got.shape)}, not {tuple(want.shape)}")
     off = (got - want).abs()
-    return {"most": off.max().item(), "mean": off.mean().item(),
-            "relative": (off.norm() / want.norm()).item() if want.norm() > 0 else math.inf}
+    return {
+        "most": off.max().item(),
+        "mean": off.mean().item(),
+        "relative": (off.norm() / want.norm()).item() if want.norm() > 0 else math.inf,
+    }
 
 
 def main(path: str, device: str) -> None:
@@ -68,11 +79,22 @@ def main(path: str, device: str) -> None:
     with backend(device):
         theirs = compute(rounded, torch.bfloat16, sdpa, device)
     heads, dim = case["q"].shape[1:]
-    about = {"dtype": str(case["q"].dtype).removeprefix("torch."), "heads": heads, "dim": dim,
-             "kv_heads": case["k"].shape[1], "tokens": case["q"].shape[0], "prefix": case["prefix_keys"].shape[1]}
+    about = {
+        "dtype": str(case["q"].dtype).removeprefix("torch."),
+        "heads": heads,
+        "dim": dim,
+        "kv_heads": case["k"].shape[1],
+        "tokens": case["q"].shape[0],
+        "prefix": case["prefix_keys"].shape[1],
+    }
     for name, reference in want.items():
-        line = {"tensor": name, "size": reference.abs().mean().item(), **about,
-                "ours": errors(case[name].double(), reference), "sdpa": errors(theirs[name], of_rounded[name])}
+        line = {
+            "tensor": name,
+            "size": reference.abs().mean().item(),
+            **about,
+            "ours": errors(case[name].double(), reference),
+            "sdpa": errors(theirs[name], of_rounded[name]),
+        }
         print(json.dumps(line))
 
 

@@ -66,7 +66,9 @@ def run_steps(chosen, binaries: options.Binaries, temporary: pathlib.Path) -> in
     date = datetime.date.today().isoformat()
     report = Report(temporary / "report")
     check = Check(chosen, binaries, report, temporary)
-    wanted = [s for s in steps.STEPS if s[0] not in chosen.skip and (not chosen.only or s[0] in {"machine", *chosen.only})]
+    wanted = [
+        s for s in steps.STEPS if s[0] not in chosen.skip and (not chosen.only or s[0] in {"machine", *chosen.only})
+    ]
     report.steps = [Step(name, title, correctness) for name, title, correctness, _, _ in wanted]
     stopped = 0
     try:
@@ -118,7 +120,7 @@ def settle_report(check: Check, chosen, date: str) -> None:
     if check.rehearse:
         report.heading = f"gpu-check, {date}: REHEARSAL on the CPU"
         report.head = [
-            "**No GPU took part.** Kernels ran on the emulation, the program and PyTorch on the CPU, with small shapes.",
+            "**No GPU took part.** Kernels ran on the emulation, program and PyTorch on the CPU, with small shapes.",
             "Timings here say nothing about a GPU, nor about this program on a CPU: the build may be a debug build.",
         ]
 

@@ -7,7 +7,10 @@ from .process import run
 
 # Short ones, which together launch most kernels.
 TESTS = {
-    "kernels_attention": ["merge::merges_any_number_of_parts_empty_ones_too", "serving::a_decode_step_agrees_with_the_cpu_backend"],
+    "kernels_attention": [
+        "merge::merges_any_number_of_parts_empty_ones_too",
+        "serving::a_decode_step_agrees_with_the_cpu_backend",
+    ],
     "kernels_backward": ["forward_and_backward_give_the_gradients_of_the_crate"],
     "kernels_layers": ["rope::rotation_into_the_paged_cache", "swiglu::gated_activation_of_huge_gates"],
     "kernels_loss": ["masked_tokens_get_no_weight"],
@@ -17,7 +20,9 @@ TOOLS = ["memcheck", "racecheck"]
 LIMIT = 40.0  # seconds of one
 FOUND = 9  # exit status that stands for "found something"
 SUMMARY = re.compile(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (.*)")
-UNSUPPORTED = re.compile(r"not supported|unsupported|LibraryNotLoaded|Unable to find injection|insufficient", re.IGNORECASE)
+UNSUPPORTED = re.compile(
+    r"not supported|unsupported|LibraryNotLoaded|Unable to find injection|insufficient", re.IGNORECASE
+)
 
 
 def sanitizer(check, step) -> None:
@@ -45,7 +50,9 @@ def sanitizer(check, step) -> None:
                     return step.not_run("compute-sanitizer does not work on this machine")
                 ran = "1 passed" in done.output
                 said = summary[1] if summary else done.end()
-                table.rows.append([tool, f"{name} {test}", said if ran or not done.ok else "NO SUCH TEST", done.seconds])
+                table.rows.append(
+                    [tool, f"{name} {test}", said if ran or not done.ok else "NO SUCH TEST", done.seconds]
+                )
                 if done.code is None:
                     continue  # slow is not wrong
                 if not done.ok or not ran or not summary:

@@ -35,8 +35,11 @@ def serving(check, step) -> None:
         for way, bodies in requests().items():
             problems += compare(table, way, bodies, servers[check.device], servers["cpu"], check.left(step))
         problems += streams(step, servers[check.device])
-        problems += [f"{path} is not 200" for path in ("/health/live", "/health/ready", "/v1/models", "/metrics")
-                     if servers[check.device].get(path) != 200]
+        problems += [
+            f"{path} is not 200"
+            for path in ("/health/live", "/health/ready", "/v1/models", "/metrics")
+            if servers[check.device].get(path) != 200
+        ]
     except Exception:
         for device, server in servers.items():
             step.excerpt(f"The server on {device}", server.output())
@@ -55,7 +58,12 @@ def serving(check, step) -> None:
 
 def requests() -> dict[str, list[tuple[dict, str | None]]]:
     """Ways of asking, each with bodies and the answer of each where the document has it."""
-    ways: dict[str, list] = {"plainly": [], "trained cartridge": [], "exact cartridge": [], "document in the prompt": []}
+    ways: dict[str, list] = {
+        "plainly": [],
+        "trained cartridge": [],
+        "exact cartridge": [],
+        "document in the prompt": [],
+    }
     for name in DOCUMENTS:
         folder = ROOT / "assets/demo/documents" / name
         document = (folder / "document.txt").read_text(encoding="utf-8").rstrip()

@@ -62,7 +62,9 @@ def run_all(check, step, tests, title) -> None:
         step.failed(f"{', '.join(bad)} (of {len(tests)} binaries, {where})")
     else:
         skipped = sum(row[6] for row in table.rows)
-        step.passed(f"{total} tests of {len(tests)} binaries {where}" + (f", {skipped} of them skipped" * bool(skipped)))
+        step.passed(
+            f"{total} tests of {len(tests)} binaries {where}" + (f", {skipped} of them skipped" * bool(skipped))
+        )
 
 
 def run_one(check, path, limit: float):

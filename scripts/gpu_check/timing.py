@@ -21,10 +21,39 @@ REHEARSED = "llama-3.2-1b"
 OF_ROOF = {"decode": 0.8, "cartridge": 0.8}
 OVER_PYTORCH = {"attention": 1.0, "train": 1.0}
 OVER_TEXT = {"capacity": 26.4}  # of the paper, arXiv 2506.06266
-COLUMNS = ["what", "case", "predicted ms", "measured ms", "of roof", "PyTorch ms", "ratio to PyTorch",
-           "flash alone ms", "ratio to flash alone", "ratio to other row", "peak MiB", "PyTorch's peak MiB", "goal", "met"]
-DETAIL = ["layers", "of_layers", "scale", "dtype", "min_ms", "max_ms", "runs", "bytes", "flops", "bound", "gb_per_s",
-          "tflop_per_s", "tokens_per_s", "ratio_predicted", "note"]
+COLUMNS = [
+    "what",
+    "case",
+    "predicted ms",
+    "measured ms",
+    "of roof",
+    "PyTorch ms",
+    "ratio to PyTorch",
+    "flash alone ms",
+    "ratio to flash alone",
+    "ratio to other row",
+    "peak MiB",
+    "PyTorch's peak MiB",
+    "goal",
+    "met",
+]
+DETAIL = [
+    "layers",
+    "of_layers",
+    "scale",
+    "dtype",
+    "min_ms",
+    "max_ms",
+    "runs",
+    "bytes",
+    "flops",
+    "bound",
+    "gb_per_s",
+    "tflop_per_s",
+    "tokens_per_s",
+    "ratio_predicted",
+    "note",
+]
 
 
 def timing(check, step) -> None:
@@ -45,7 +74,9 @@ def timing(check, step) -> None:
         theirs, said, cut = peers(check, step, shape, ours, check.left(step))
         (missing if cut else broken).extend([f"{shape}: {said}"] if said else [])
         if before:
-            step.notes.append(f"{shape}: the card just after ours {before}; just after PyTorch {machine.under_load(check)}.")
+            step.notes.append(
+                f"{shape}: the card just after ours {before}; just after PyTorch {machine.under_load(check)}."
+            )
         table = step.table(f"{shape}, {ours[0]['layers']} of {ours[0]['of_layers']} layers" if ours else shape, COLUMNS)
         for row in ours:
             of_row = [peer for peer in theirs if (peer["what"], peer["case"]) == (row["what"], row["case"])]

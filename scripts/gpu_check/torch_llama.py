@@ -50,7 +50,9 @@ class Llama:
         first, second = x.chunk(2, -1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
-    def layer(self, index: int, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, angles: tuple) -> torch.Tensor:
+    def layer(
+        self, index: int, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, angles: tuple
+    ) -> torch.Tensor:
         w = self.weights[index]
         batch, rows, _ = x.shape
 

@@ -49,8 +49,12 @@ class Peers:
         times: list[float] = []
         while len(times) < LEAST or len(times) < MOST and sum(times) < SECONDS:
             times.append(once())
-        return {"measured_ms": statistics.median(times) * 1e3, "min_ms": min(times) * 1e3, "max_ms": max(times) * 1e3,
-                "runs": len(times)}
+        return {
+            "measured_ms": statistics.median(times) * 1e3,
+            "min_ms": min(times) * 1e3,
+            "max_ms": max(times) * 1e3,
+            "runs": len(times),
+        }
 
     def numbers(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=self.device, generator=self.generator, dtype=torch.float32).to(self.dtype)
