@@ -101,7 +101,7 @@ class Peers:
                         yield form, self.time(forward)
                 else:
                     out, grad = forward(), self.numbers(batch, heads, length, dim)
-                    yield form, self.time(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))  # noqa: B023
+                    yield form, self.time(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))  # noqa
 
     def cartridge(self, case: dict, row: dict):
         """The attention of a decoding step: keys and values of the cartridge before each sequence's own."""

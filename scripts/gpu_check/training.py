@@ -65,6 +65,6 @@ def compare(step, extra: list, ours: list[dict], cpu: list[dict], device: str) -
     mean = sum(abs(a - b) for a, b in pairs) / sum(b for _, b in pairs)
     last = [sum(column) for column in zip(*pairs[-20:])]
     off = abs(last[0] - last[1]) / last[1]
-    said = f"losses of {UPDATES} updates differ by at most {worst:.2%}, on average {mean:.2%}, the last twenty {off:.2%}"
+    said = f"{UPDATES} losses differ by at most {worst:.2%}, on average {mean:.2%}, the last twenty {off:.2%}"
     fine = worst <= WORST and mean <= MEAN and off <= LAST  # NaN is not fine
     (step.passed if fine else step.failed)(said)
