@@ -1,4 +1,4 @@
-"""Step 3: result and gradients of training's attention against f64, ours and PyTorch's side by side.
+"""Result and gradients of training's attention against f64, ours and PyTorch's side by side.
 
 Both round weights of the softmax and the result to bf16, and sum in f32, so that their errors are of one kind:
 ours may be at most 1.5 times PyTorch's relative error (the norm of the error over the norm of the truth) and

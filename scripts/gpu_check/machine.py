@@ -1,4 +1,4 @@
-"""Step 0: the machine, the card, the libraries, the compiler, PyTorch. Finds what later steps need."""
+"""The machine, the card, the libraries, the compiler, PyTorch. Finds what later steps need."""
 
 import glob
 import os

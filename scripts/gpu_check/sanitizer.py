@@ -1,4 +1,4 @@
-"""Step 7: a few kernel tests under compute-sanitizer, where there is one."""
+"""A few kernel tests under compute-sanitizer, where there is one."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Step 5: the demo served on the card, asked the same as a server on the CPU.
+"""The demo served on the card, asked the same as a server on the CPU.
 
 How far log-probabilities may be apart: PyTorch (transformers, on a CPU) in bf16 differs from itself in f32, with
 this model and these ways of asking (22 questions each, the 20 likeliest tokens of each position), by at most 0.85

@@ -1,4 +1,4 @@
-"""Steps 1 and 2: the test binaries, with their kernels on the card."""
+"""The test binaries, with their kernels on the card."""
 
 import re
 import time

@@ -1,4 +1,4 @@
-"""Step 6: `cartouche bench --shape` and PyTorch on the same card, one after the other, shape by shape.
+"""`cartouche bench --shape` and PyTorch on the same card, one after the other, shape by shape.
 
 Predicted is the larger of bytes at the card's own copy rate and operations at its own matrix product's rate, both
 measured in the same run. Ratios are PyTorch's time over ours: above 1 ours is faster. PyTorch's time is that of the

@@ -1,4 +1,4 @@
-"""Step 6: the demo's cartridge, a few updates on the card and on the CPU, from the same data.
+"""The demo's cartridge, a few updates on the card and on the CPU, from the same data.
 
 How far the losses may be apart: with this recipe, PyTorch on a CPU with the model in bf16 (masters in f32) stays
 within 5% of itself in f32 in every update, 0.5% of the mean loss on average, and 0.6% in the mean of the last twenty.
