@@ -26,7 +26,7 @@ pub use logprobs::token_logprobs;
 pub use request::{
     Event, FinishReason, GenerateRequest, LogprobOptions, Priority, SampledToken, SamplingParams,
 };
-pub use sampler::Sampler;
+pub use sampler::{Adjustment, Sampler};
 pub use startup::{EngineOptions, start};
 
 /// Why the engine refused or gave up a request.
