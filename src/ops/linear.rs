@@ -22,6 +22,11 @@ impl Linear {
         self.weight.product(x, self.bias.as_ref())
     }
 
+    /// [`Self::forward`] in f32, whatever the type of `x` and of the weights: logits need more than 8 bits.
+    pub fn forward_f32(&self, x: &Tensor) -> Result<Tensor> {
+        self.weight.product_f32(x, self.bias.as_ref())
+    }
+
     /// Takes a gradient `[tokens, out]` of the outputs to one of the inputs, `[tokens, in]`; through
     /// quantised weights too.
     pub fn backward(&self, grad: &[f32]) -> Result<Vec<f32>> {
