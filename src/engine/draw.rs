@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::logprobs::token_logprobs;
@@ -40,7 +40,7 @@ pub(super) enum Logits {
 impl Logits {
     /// Of hidden states `[rows, hidden]`.
     pub fn of(decoder: &Decoder, hidden: &Tensor) -> Result<Self> {
-        let logits = decoder.logits(hidden)?.to_dtype(DType::F32)?;
+        let logits = decoder.logits(hidden)?;
         match machine(decoder.device(), decoder.dtype())? {
             Some(gpu) if logits.dim(1)? <= MAX_VOCAB => Ok(Self::Gpu(gpu, logits.contiguous()?)),
             _ => Ok(Self::Host(on_host(&logits)?)),
