@@ -23,7 +23,7 @@ fn on_gpu(rows: &[Vec<f32>]) -> (Machine, Tensor) {
 
 fn params() -> impl Strategy<Value = SamplingParams> {
     let mostly = |off: f32, on: std::ops::Range<f32>| prop_oneof![2 => Just(off), 1 => on];
-    let bias = prop::collection::vec((0..300u32, -9f32..9.0), 0..4);
+    let bias = prop::collection::vec((prop_oneof![0..9u32, 0..300u32], -9f32..9.0), 0..4);
     (
         prop::sample::select(vec![0.0f32, 0.4, 1.0, 1.7]),
         mostly(1.0, 0.05..1.0),
@@ -60,8 +60,8 @@ struct Case {
 }
 
 fn case() -> impl Strategy<Value = Case> {
-    // Some are no tokens, some are there twice.
-    let ids = |most: usize| prop::collection::vec(0..320u32, 0..most);
+    // Some are no tokens, many are there twice.
+    let ids = |most: usize| prop::collection::vec(prop_oneof![0..9u32, 0..320u32], 0..most);
     let wanted = (prop::sample::select(vec![0.0f32, 0.5, 1.0, 2.0]), 0usize..30);
     (params(), 0..3usize, ids(20), ids(6), wanted).prop_map(
         |(params, choice, prompt, forbidden, (temperature, top))| {

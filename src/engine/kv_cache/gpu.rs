@@ -4,11 +4,11 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::{BLOCK_TOKENS, BatchEntry};
 use crate::cartridge::{KvShape, Lease};
-use crate::gpu::ops::room;
+use crate::gpu::ops::{Pages, room, rotate_and_store};
 use crate::gpu::{
-    Arg, CartridgeLayer, LayerAddresses, Machine, QuerySequence, StepAttention, StepHeads, address,
+    CartridgeLayer, LayerAddresses, Machine, QuerySequence, StepAttention, StepHeads, address,
 };
-use crate::model::Attend;
+use crate::model::{Attend, Unrotated};
 
 /// Per layer keys and values, each `[blocks, kv_heads, BLOCK_TOKENS, head_dim]`.
 pub struct GpuKvCache {
@@ -35,7 +35,7 @@ impl GpuKvCache {
     }
 
     pub fn attention<'a>(&'a mut self, batch: &'a [BatchEntry<'a>]) -> GpuAttention<'a> {
-        GpuAttention { cache: self, batch, step: None }
+        GpuAttention { cache: self, batch, step: None, stored: None }
     }
 }
 
@@ -45,6 +45,8 @@ pub struct GpuAttention<'a> {
     batch: &'a [BatchEntry<'a>],
     /// Made with the first layer, which says how many heads the queries have.
     step: Option<Step<'a>>,
+    /// The layer whose keys and values have been stored and not been attended to.
+    stored: Option<usize>,
 }
 
 /// What all layers of a step have in common.
@@ -105,31 +107,30 @@ impl<'a> GpuAttention<'a> {
 }
 
 impl Attend for GpuAttention<'_> {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let (rows, heads, head_dim) = q.dims3()?;
+    /// Stores keys and values in the same launch.
+    fn rotate(&mut self, layer: usize, unrotated: &Unrotated<'_>) -> Result<(Tensor, Tensor)> {
         let step = match self.step.take() {
             Some(step) => step,
-            None => self.plan(heads)?,
+            None => self.plan(unrotated.q.dim(1)?)?,
         };
-        let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
+        let (keys, values) = &self.cache.layers[layer];
+        let pages = Pages { keys, values, places: &step.places };
+        // SAFETY: every place is in a block of the sequence whose token goes there.
+        let rotated = unsafe { rotate_and_store(&*self.cache.gpu, unrotated, &pages)? };
+        self.step = Some(step);
+        self.stored = Some(layer);
+        Ok(rotated)
+    }
+
+    fn attend(&mut self, layer: usize, q: &Tensor, _k: &Tensor, _v: &Tensor) -> Result<Tensor> {
+        let (rows, heads, head_dim) = q.dims3()?;
+        let (Some(step), true) = (&self.step, self.stored.take() == Some(layer)) else {
+            candle_core::bail!("attention of layer {layer} before its keys and values are stored");
+        };
+        let q = q.contiguous()?;
         let (keys, values) = &self.cache.layers[layer];
         let (keys, values) = (address(keys)?, address(values)?);
-        let KvShape { kv_heads, .. } = self.cache.shape;
-        let write = [
-            Arg::from(address(&k)?),
-            address(&v)?.into(),
-            address(&step.places)?.into(),
-            keys.into(),
-            values.into(),
-            (kv_heads as i32).into(),
-            (head_dim as i32).into(),
-        ];
-        let gpu = &*self.cache.gpu;
-        let dtype = self.cache.dtype;
-        // SAFETY: the kernel's arguments; every place is inside of a block of the cache.
-        unsafe {
-            gpu.launch(&format!("kv_write_{}", dtype.as_str()), [rows, 1, 1], &write)?;
-        }
+        let (gpu, dtype) = (&*self.cache.gpu, self.cache.dtype);
         let cartridges = step.leases.iter().map(|lease| {
             let kv = &lease.layers()[layer];
             Ok(CartridgeLayer {
@@ -154,7 +155,6 @@ impl Attend for GpuAttention<'_> {
         // SAFETY: the tensors above and those of the leases have these shapes and live until the end of the
         // step; the stream orders what is freed after it.
         unsafe { step.plan.launch(gpu, dtype, &at, scale)? };
-        self.step = Some(step);
         Ok(out)
     }
 }
