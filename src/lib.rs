@@ -9,7 +9,7 @@
 //! |---|---|---|
 //! | [`cli`] | one file per command | everything below |
 //! | [`api`] | HTTP: wire types, handlers, streaming, error bodies | `engine`, `cartridge`, `text` |
-//! | [`bench`] | the load generator: measures any OpenAI-compatible URL | block size of `engine` |
+//! | [`bench`] | the load generator: measures any OpenAI-compatible URL; `bench::shape` the decoder itself | block size of `engine`; `shape`: `engine`, `train`, `model`, `ops` |
 //! | [`engine`] | the loop that turns requests into tokens | `model`, `cartridge`, `ops` |
 //! | [`train`] | learning a cartridge: data, packs, loss, gradients, checkpoints | `engine`, `model`, `cartridge`, `text`, `ops` |
 //! | [`model`] | one decoder for the Llama family and Qwen | `ops`, `text`, shapes and KV of `cartridge` |

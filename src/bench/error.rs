@@ -21,6 +21,8 @@ pub enum BenchError {
     PromptFile { path: PathBuf, line: usize, reason: String },
     #[error("no request succeeded at {0}; the errors are in the table")]
     NothingSucceeded(String),
+    #[error(transparent)]
+    Model(#[from] crate::model::ModelError),
     #[error("interrupted; what was measured until then is shown and written")]
     Interrupted,
 }

@@ -116,7 +116,8 @@ fn columns() -> Vec<Vec<&'static str>> {
     scalars.chain(nested).collect()
 }
 
-fn cell(value: &Value) -> String {
+/// Quoted where CSV needs it; empty for nothing.
+pub(super) fn cell(value: &Value) -> String {
     let text = match value {
         Value::Null => String::new(),
         Value::String(text) => text.clone(),

@@ -4,7 +4,8 @@
 //! reply into a `Record`, `load` drives many of them (closed or open loop), `run` takes targets and
 //! levels in turns, `stats` sums records up, and `table`, `files`, `html` and `plot` show the result.
 //!
-//! Nothing here knows our engine: peers are measured by the same code over the same bytes.
+//! Nothing of this knows our engine: peers are measured by the same code over the same bytes. `shape` is
+//! apart from it: it measures the decoder in this process, without a server.
 
 mod client;
 mod error;
@@ -17,6 +18,7 @@ mod plan;
 pub(crate) mod plot;
 mod record;
 mod run;
+pub mod shape;
 pub mod sse;
 pub mod stats;
 mod summary;

@@ -207,6 +207,12 @@ impl Cartridge {
         Ok(Self { layers, provenance: self.provenance.clone(), ..*self })
     }
 
+    /// The same content in other tensors, which must hold it: for measuring what it costs to read it from
+    /// several places.
+    pub(crate) fn in_tensors(&self, layers: Vec<LayerKv>) -> Self {
+        Self { layers, provenance: self.provenance.clone(), ..*self }
+    }
+
     /// Whether [`Self::for_attention`] was applied.
     pub fn is_for_attention(&self) -> bool {
         let is_laid_out = |keys: &Tensor| match is_gpu(keys.device(), keys.dtype()) {

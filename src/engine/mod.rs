@@ -21,8 +21,11 @@ mod simulator;
 mod startup;
 
 pub use blocks::BLOCK_TOKENS;
+pub(crate) use blocks::{BlockPool, BlockTable, blocks_for};
 pub use handle::{EngineHandle, EngineInfo, EngineStats, TokenStream};
+pub(crate) use kv_cache::{BatchEntry, KvCache};
 pub use logprobs::token_logprobs;
+pub(crate) use prefix_cache::{ContextKey, Root};
 pub use request::{
     Event, FinishReason, GenerateRequest, LogprobOptions, Priority, SampledToken, SamplingParams,
 };

@@ -12,6 +12,7 @@ mod gguf_tokenizer;
 mod layer;
 mod load;
 mod prefill;
+mod random;
 mod source;
 mod weights;
 
@@ -22,5 +23,7 @@ pub use error::ModelError;
 pub(crate) use layer::{Chosen, Trace};
 pub use load::{LoadOptions, LoadedModel, Quantize, load, load_decoder};
 pub use prefill::prefill;
+pub(crate) use random::noise;
+pub use random::random;
 pub use source::ModelSource;
 pub use weights::Placement;

@@ -1,6 +1,7 @@
-//! `cartouche bench`: options of the load generator.
+//! `cartouche bench`: options of the load generator, and of the measurement without a server.
 
 mod plan;
+mod shape;
 
 use std::path::PathBuf;
 
@@ -19,13 +20,19 @@ use crate::bench;
 ///
 /// Percentiles are nearest-rank. Rates are over the time in which all clients were busy. TTFT is the time
 /// to the first chunk with text; ITL the time between such chunks; TPOT the time per token after the first.
+///
+/// With --shape no server is measured but the decoder in this process, on random weights of a real model's
+/// shape made on the device: decoding, a shared cartridge, a full KV memory, and training, each beside the
+/// shortest time that the device's own copy and matrix product allow.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   cartouche bench --clients 1,8,32 --out results
   cartouche bench --target ours=http://127.0.0.1:10210 --target llama.cpp=http://127.0.0.1:8080 --repeat 3
   cartouche bench --rate 2,4,8 --seconds 30 --prompt-tokens 512
   cartouche bench --scenario shared --prefix cartridge --cartridge harbour-log --clients 1,8,32
-  cartouche bench --scenario distinct --prefix text --prefix-tokens 2048 --clients fill")]
+  cartouche bench --scenario distinct --prefix text --prefix-tokens 2048 --clients fill
+  cartouche bench --shape llama-3.1-8b --device cuda --out results
+  cartouche bench --shape llama-3.2-1b --layers 1 --scale 16 --device cpu")]
 pub struct BenchArgs {
     /// The server: http://host:port, with or without /v1
     #[arg(long, default_value = "http://127.0.0.1:10210", conflicts_with = "targets")]
@@ -120,12 +127,16 @@ pub struct BenchArgs {
     #[arg(long, default_value_t = 0, help_heading = "Prefixes")]
     reserve: usize,
 
-    /// Write bench.csv, bench.json and bench.html into this folder
+    /// Write bench.csv, bench.json and bench.html into this folder; with --shape, shape.csv
     #[arg(long, help_heading = "Output")]
     out: Option<PathBuf>,
     /// Put every request into bench.json
     #[arg(long, requires = "out", help_heading = "Output")]
     raw: bool,
+
+    // The last: its heading would go on for what follows.
+    #[command(flatten)]
+    shape: shape::ShapeArgs,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -190,6 +201,9 @@ fn positive(text: &str) -> Result<f64, String> {
 }
 
 pub fn run(args: BenchArgs) -> Result<(), CliError> {
+    if args.shape.is_wanted() {
+        return args.shape.run(args.out.as_deref());
+    }
     // One thread: the client takes at most one core from the server it measures.
     let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let tokio = tokio
