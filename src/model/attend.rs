@@ -40,7 +40,8 @@ impl Unrotated<'_> {
 
 /// What the decoder's queries attend to. A layer calls [`Self::rotate`], then [`Self::attend`].
 pub trait Attend {
-    /// Queries and keys of `layer` after norm and rotation. A cache may store keys and values on the way.
+    /// Queries and keys of `layer` after norm and rotation. A cache may store keys and values on the way; any
+    /// other does so in [`Self::attend`].
     fn rotate(&mut self, _layer: usize, unrotated: &Unrotated<'_>) -> Result<(Tensor, Tensor)> {
         unrotated.rotated()
     }

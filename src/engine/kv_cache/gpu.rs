@@ -35,7 +35,7 @@ impl GpuKvCache {
     }
 
     pub fn attention<'a>(&'a mut self, batch: &'a [BatchEntry<'a>]) -> GpuAttention<'a> {
-        GpuAttention { cache: self, batch, step: None, stored: None }
+        GpuAttention { cache: self, batch, step: None }
     }
 }
 
@@ -45,8 +45,6 @@ pub struct GpuAttention<'a> {
     batch: &'a [BatchEntry<'a>],
     /// Made with the first layer, which says how many heads the queries have.
     step: Option<Step<'a>>,
-    /// The layer whose keys and values have been stored and not been attended to.
-    stored: Option<usize>,
 }
 
 /// What all layers of a step have in common.
@@ -62,6 +60,11 @@ struct Step<'a> {
 }
 
 impl<'a> GpuAttention<'a> {
+    /// To be put back.
+    fn take_step(&mut self, heads: usize) -> Result<Step<'a>> {
+        self.step.take().map_or_else(|| self.plan(heads), Ok)
+    }
+
     fn plan(&self, heads: usize) -> Result<Step<'a>> {
         let KvShape { kv_heads, head_dim, .. } = self.cache.shape;
         // A cartridge is known by its layers: leases of one generation share them.
@@ -109,24 +112,19 @@ impl<'a> GpuAttention<'a> {
 impl Attend for GpuAttention<'_> {
     /// Stores keys and values in the same launch.
     fn rotate(&mut self, layer: usize, unrotated: &Unrotated<'_>) -> Result<(Tensor, Tensor)> {
-        let step = match self.step.take() {
-            Some(step) => step,
-            None => self.plan(unrotated.q.dim(1)?)?,
-        };
+        let step = self.take_step(unrotated.q.dim(1)?)?;
         let (keys, values) = &self.cache.layers[layer];
         let pages = Pages { keys, values, places: &step.places };
         // SAFETY: every place is in a block of the sequence whose token goes there.
         let rotated = unsafe { rotate_and_store(&*self.cache.gpu, unrotated, &pages)? };
         self.step = Some(step);
-        self.stored = Some(layer);
         Ok(rotated)
     }
 
+    /// Over the keys and values that [`Self::rotate`] has stored.
     fn attend(&mut self, layer: usize, q: &Tensor, _k: &Tensor, _v: &Tensor) -> Result<Tensor> {
         let (rows, heads, head_dim) = q.dims3()?;
-        let (Some(step), true) = (&self.step, self.stored.take() == Some(layer)) else {
-            candle_core::bail!("attention of layer {layer} before its keys and values are stored");
-        };
+        let step = self.take_step(heads)?;
         let q = q.contiguous()?;
         let (keys, values) = &self.cache.layers[layer];
         let (keys, values) = (address(keys)?, address(values)?);
@@ -155,6 +153,7 @@ impl Attend for GpuAttention<'_> {
         // SAFETY: the tensors above and those of the leases have these shapes and live until the end of the
         // step; the stream orders what is freed after it.
         unsafe { step.plan.launch(gpu, dtype, &at, scale)? };
+        self.step = Some(step);
         Ok(out)
     }
 }
