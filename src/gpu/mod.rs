@@ -10,6 +10,7 @@ mod cuda;
 mod launch;
 mod machine;
 pub(crate) mod ops;
+pub mod sampling;
 mod step_attention;
 
 #[cfg(feature = "cuda")]
@@ -17,4 +18,5 @@ pub use cuda::{CudaKernels, device};
 pub use launch::{Arg, Launch};
 pub(crate) use machine::machine_of;
 pub use machine::{Machine, address, emulate, is_gpu, machine};
+pub use sampling::SampleRow;
 pub use step_attention::{CartridgeLayer, LayerAddresses, QuerySequence, StepAttention, StepHeads};

@@ -3,16 +3,9 @@
 use candle_core::{Result, Tensor};
 use sha2::{Digest, Sha256};
 
-use super::ModelConfig;
-use super::layer::{Angles, AttendBackward, Chosen, Layer, Trace};
+use super::layer::{AttendBackward, Chosen, Layer, Trace};
+use super::{Angles, Attend, ModelConfig};
 use crate::ops::{Linear, Matrix, RopeTable, rms_norm, rms_norm_backward, visit_bytes};
-
-/// What the decoder's queries attend to.
-pub trait Attend {
-    /// Attention output `[tokens, heads, head_dim]` for `layer`, given this pass's queries
-    /// `[tokens, heads, head_dim]` and keys and values `[tokens, kv_heads, head_dim]`, all after RoPE.
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
-}
 
 /// A Llama-style decoder with frozen weights. Cheap to clone: the weights are shared.
 #[derive(Debug, Clone)]

@@ -2,9 +2,9 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Attend, ModelConfig};
+use super::{Angles, Attend, ModelConfig, Unrotated};
 use crate::ops::{
-    Linear, add_in_place, apply_rope, rms_norm, rms_norm_backward, rope_backward, swiglu,
+    Linear, add_in_place, add_rms_norm, rms_norm, rms_norm_backward, rope_backward, swiglu,
     swiglu_backward,
 };
 
@@ -21,13 +21,6 @@ pub(super) struct Layer {
     pub(super) gate: Linear,
     pub(super) up: Linear,
     pub(super) down: Linear,
-}
-
-/// Rotary angles of a pass: cosines and sines, each `[tokens, head_dim / 2]`.
-#[derive(Debug, Clone)]
-pub(crate) struct Angles {
-    pub cos: Tensor,
-    pub sin: Tensor,
 }
 
 /// The only tokens whose output is wanted of a layer; all others are keys and values to them.
@@ -83,20 +76,24 @@ impl Layer {
         let v = heads(self.v.forward(&x)?, config.kv_heads)?;
         let q = heads(self.q.forward(&pick(&x)?)?, config.heads)?;
         drop(x);
-        let (q, k, unnormed) = match (&self.q_norm, &self.k_norm) {
-            (None, None) => (q, k, None),
-            (q_norm, k_norm) => {
-                let unnormed = Some((q.clone(), k.clone()));
-                (normed(q, q_norm.as_ref(), eps)?, normed(k, k_norm.as_ref(), eps)?, unnormed)
-            }
+        let unrotated = Unrotated {
+            q: &q,
+            k: &k,
+            v: &v,
+            q_norm: self.q_norm.as_ref(),
+            k_norm: self.k_norm.as_ref(),
+            eps,
+            q_angles: chosen.map_or(angles, |chosen| &chosen.angles),
+            k_angles: angles,
         };
-        let q_angles = chosen.map_or(angles, |chosen| &chosen.angles);
-        let q = apply_rope(&q, &q_angles.cos, &q_angles.sin)?;
-        let k = apply_rope(&k, &angles.cos, &angles.sin)?;
+        let rotated = attend.rotate(index, &unrotated)?;
+        let is_normed = self.q_norm.is_some() || self.k_norm.is_some();
+        let unnormed = is_normed.then_some((q, k));
+        let (q, k) = rotated;
         let attention = attend.attend(index, &q, &k, &v)?;
         let flat = attention.reshape(((), config.heads * config.head_dim))?;
-        let middle = add_in_place(self.o.forward(&flat)?, &pick(hidden)?)?;
-        let x = rms_norm(&middle, &self.post_norm, eps)?;
+        let (middle, x) =
+            add_rms_norm(self.o.forward(&flat)?, &pick(hidden)?, &self.post_norm, eps)?;
         let (gate, up) = (self.gate.forward(&x)?, self.up.forward(&x)?);
         drop(x);
         let output = add_in_place(self.down.forward(&swiglu(&gate, &up)?)?, &middle)?;
@@ -155,11 +152,6 @@ fn add_rows(from: &[f32], rows: &[u32], width: usize, to: &mut [f32]) {
         let to = &mut to[*row as usize * width..][..width];
         to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
     }
-}
-
-/// Qwen3 normalises queries and keys per head before RoPE.
-fn normed(x: Tensor, weight: Option<&Tensor>, eps: f64) -> Result<Tensor> {
-    weight.map_or(Ok(x.clone()), |weight| rms_norm(&x, weight, eps))
 }
 
 fn normed_backward(

@@ -20,7 +20,7 @@ mod swiglu;
 pub use linear::Linear;
 pub use matrix::Matrix;
 pub use reduce::{all_finite, argmax, exp_in_place, exp_sum, max};
-pub use rms_norm::{rms_norm, rms_norm_backward};
+pub use rms_norm::{add_rms_norm, rms_norm, rms_norm_backward};
 pub use rope::{RopeScaling, RopeTable, apply_rope, rope_backward};
 pub use sum::add_in_place;
 pub use swiglu::{swiglu, swiglu_backward};

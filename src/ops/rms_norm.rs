@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::simd::{Lanes, dispatch};
-use super::{Numbers, contiguous_f32};
+use super::{Numbers, add_in_place, contiguous_f32};
 use crate::gpu::{self, machine_of};
 
 /// Rows per parallel task: below this the work is cheaper than handing it over.
@@ -16,6 +16,23 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     match machine_of(&x)? {
         Some(gpu) => gpu::ops::rms_norm(&*gpu, &x, weight, eps),
         None => x.apply_op2(weight, RmsNorm { eps }),
+    }
+}
+
+/// `x + residual`, written to the place of `x`, which nobody else may hold; and [`rms_norm`] of that.
+pub fn add_rms_norm(
+    x: Tensor,
+    residual: &Tensor,
+    weight: &Tensor,
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
+    match machine_of(&x)? {
+        Some(gpu) => gpu::ops::add_rms_norm(&*gpu, x, &residual.contiguous()?, weight, eps),
+        None => {
+            let sum = add_in_place(x, residual)?;
+            let normed = rms_norm(&sum, weight, eps)?;
+            Ok((sum, normed))
+        }
     }
 }
 

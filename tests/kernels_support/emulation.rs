@@ -1,6 +1,7 @@
 //! The machine of these tests as a GPU of the program.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex};
 
 use candle_core::{DType, Device, Result};
 use cartouche::gpu::{self, Arg, Launch};
@@ -25,11 +26,19 @@ const SOURCES: [(&str, &str); 7] = [
     ("swiglu_backward", "swiglu"),
 ];
 
+static LAUNCHES: LazyLock<Mutex<HashMap<String, usize>>> = LazyLock::new(Mutex::default);
+
+/// How often this process has run a kernel on the emulation.
+pub fn launches(kernel: &str) -> usize {
+    LAUNCHES.lock().unwrap().get(kernel).copied().unwrap_or(0)
+}
+
 impl Launch for Emulation {
     unsafe fn launch(&self, kernel: &str, grid: [usize; 3], args: &[Arg]) -> Result<()> {
         if grid.contains(&0) {
             return Ok(());
         }
+        *LAUNCHES.lock().unwrap().entry(kernel.to_owned()).or_default() += 1;
         let end = ["_bf16", "_f16", "_f32"].into_iter().find_map(|kind| kernel.find(kind));
         let name = &kernel[..end.unwrap_or(kernel.len())];
         let source = SOURCES.iter().find(|(known, _)| *known == name).map_or(name, |(_, at)| at);

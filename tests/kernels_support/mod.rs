@@ -14,7 +14,7 @@ mod memory;
 pub use build::Library;
 pub use cases::{Expected, Random, Shape, check_one, shape};
 pub use copies::{Elsewhere, launch as launch_elsewhere};
-pub use emulation::{Emulation, placement};
+pub use emulation::{Emulation, launches, placement};
 pub use memory::{Buffer, Side};
 
 use std::ffi::{CStr, c_char, c_int, c_void};

@@ -4,11 +4,11 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::{BLOCK_TOKENS, BatchEntry};
 use crate::cartridge::{KvShape, Lease};
-use crate::gpu::ops::room;
+use crate::gpu::ops::{Pages, room, rotate_and_store};
 use crate::gpu::{
-    Arg, CartridgeLayer, LayerAddresses, Machine, QuerySequence, StepAttention, StepHeads, address,
+    CartridgeLayer, LayerAddresses, Machine, QuerySequence, StepAttention, StepHeads, address,
 };
-use crate::model::Attend;
+use crate::model::{Attend, Unrotated};
 
 /// Per layer keys and values, each `[blocks, kv_heads, BLOCK_TOKENS, head_dim]`.
 pub struct GpuKvCache {
@@ -72,6 +72,11 @@ struct Step<'a> {
 }
 
 impl<'a> GpuAttention<'a> {
+    /// To be put back.
+    fn take_step(&mut self, heads: usize) -> Result<Step<'a>> {
+        self.step.take().map_or_else(|| self.plan(heads), Ok)
+    }
+
     fn plan(&self, heads: usize) -> Result<Step<'a>> {
         let KvShape { kv_heads, head_dim, .. } = self.cache.shape;
         // A cartridge is known by its layers: leases of one generation share them.
@@ -129,35 +134,31 @@ impl<'a> GpuAttention<'a> {
 }
 
 impl Attend for GpuAttention<'_> {
+    /// Stores keys and values in the same launch.
+    fn rotate(&mut self, layer: usize, unrotated: &Unrotated<'_>) -> Result<(Tensor, Tensor)> {
+        let step = self.take_step(unrotated.q.dim(1)?)?;
+        let (keys, values) = &self.cache.layers[layer];
+        let pages = Pages { keys, values, places: &step.places };
+        // SAFETY: every place is in a block of the sequence whose token goes there.
+        let rotated = unsafe { rotate_and_store(&*self.cache.gpu, unrotated, &pages)? };
+        self.step = Some(step);
+        Ok(rotated)
+    }
+
+    /// Over the keys and values that [`Self::rotate`] has stored.
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        #[cfg(not(feature = "flash-attn"))]
+        let _ = (k, v);
         let (rows, heads, head_dim) = q.dims3()?;
-        let step = match self.step.take() {
-            Some(step) => step,
-            None => self.plan(heads)?,
-        };
-        let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
+        let step = self.take_step(heads)?;
+        let q = q.contiguous()?;
         let (keys, values) = &self.cache.layers[layer];
         let (keys, values) = (address(keys)?, address(values)?);
-        let KvShape { kv_heads, .. } = self.cache.shape;
-        let write = [
-            Arg::from(address(&k)?),
-            address(&v)?.into(),
-            address(&step.places)?.into(),
-            keys.into(),
-            values.into(),
-            (kv_heads as i32).into(),
-            (head_dim as i32).into(),
-        ];
-        let gpu = &*self.cache.gpu;
-        let dtype = self.cache.dtype;
-        // SAFETY: the kernel's arguments; every place is inside of a block of the cache.
-        unsafe {
-            gpu.launch(&format!("kv_write_{}", dtype.as_str()), [rows, 1, 1], &write)?;
-        }
+        let (gpu, dtype) = (&*self.cache.gpu, self.cache.dtype);
         let scale = 1.0 / (head_dim as f32).sqrt();
         #[cfg(feature = "flash-attn")]
         if let Some(plain) = &step.plain {
-            let out = plain.attend(&q, &k, &v, scale);
+            let out = plain.attend(&q, k, v, scale);
             self.step = Some(step);
             return out;
         }
