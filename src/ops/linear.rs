@@ -1,6 +1,6 @@
 //! Linear layers over frozen weights.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 
 use super::{Matrix, visit_bytes};
 
@@ -22,18 +22,20 @@ impl Linear {
         self.weight.product(x, self.bias.as_ref())
     }
 
-    /// Takes a gradient `[tokens, out]` of the outputs to one of the inputs, `[tokens, in]`; through
-    /// quantised weights too.
-    pub fn backward(&self, grad: &[f32]) -> Result<Vec<f32>> {
-        let (out, input) = self.weight.dims()?;
-        let mut to = vec![0f32; grad.len() / out.max(1) * input];
-        self.weight.transposed_product(grad, &mut to, false)?;
-        Ok(to)
+    /// [`Self::forward`] in f32.
+    pub fn forward_f32(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward(x)?.to_dtype(DType::F32)
     }
 
-    /// [`Self::backward`], added to the gradient from elsewhere.
-    pub fn backward_add(&self, grad: &[f32], to: &mut [f32]) -> Result<()> {
-        self.weight.transposed_product(grad, to, true)
+    /// Takes a gradient `[tokens, out]` of the outputs to one of the inputs, `[tokens, in]`; through
+    /// quantised weights too.
+    pub fn backward(&self, grad: &Tensor) -> Result<Tensor> {
+        self.weight.transposed_product(grad, None)
+    }
+
+    /// [`Self::backward`], added to the gradient from elsewhere, whose memory it takes.
+    pub fn backward_add(&self, grad: &Tensor, to: Tensor) -> Result<Tensor> {
+        self.weight.transposed_product(grad, Some(to))
     }
 
     /// Outputs per token.
