@@ -29,12 +29,8 @@ pub fn placement(name: &str) -> Result<Placement, CliError> {
 
 #[cfg(feature = "cuda")]
 fn gpu(index: usize) -> Result<Placement, String> {
-    use candle_core::{DType, Device};
-    let device = Device::new_cuda(index).map_err(|e| format!("cannot be used: {e}"))?;
-    let Device::Cuda(cuda) = &device else { return Err("is no GPU".to_owned()) };
-    // Kernels that do not fit this GPU are told here, not with the first request.
-    crate::gpu::CudaKernels::of(cuda).map_err(|e| e.to_string())?;
-    Ok(Placement { device, dtype: DType::BF16 })
+    let device = crate::gpu::device(index).map_err(|e| format!("cannot be used: {e}"))?;
+    Ok(Placement { device, dtype: candle_core::DType::BF16 })
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -4,15 +4,21 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::cuda::WrapErr;
+use candle_core::cuda::cudarc::cublas::result::gemm_ex;
+use candle_core::cuda::cudarc::cublas::sys::{
+    cublasComputeType_t, cublasGemmAlgo_t, cublasOperation_t, cudaDataType,
+};
 use candle_core::cuda::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MAX_SHARED;
 use candle_core::cuda::cudarc::driver::{
     CudaFunction, CudaModule, DevicePtr, LaunchConfig, PushKernelArg,
 };
 use candle_core::cuda::cudarc::nvrtc::Ptx;
 use candle_core::cuda::{CudaStorageSlice, DeviceId};
-use candle_core::{CudaDevice, CudaStorage, Result};
+use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Tensor};
 
 use super::launch::{Arg, Launch};
+use super::machine::address;
+use super::ops::room;
 
 /// A source of `kernels/`, compiled.
 struct Module {
@@ -36,6 +42,22 @@ struct Kernel {
     function: CudaFunction,
     threads: u32,
     shared_bytes: u32,
+}
+
+/// GPU number `index`, with its kernels loaded.
+///
+/// All threads work on one stream of its own: candle's default is a stream per thread, in which a step could
+/// read a cartridge that another thread is still copying.
+///
+/// # Errors
+/// There is no such GPU, or the kernels do not run on it.
+pub fn device(index: usize) -> Result<Device> {
+    let device = Device::new_cuda_with_stream(index)?;
+    let cuda = device.as_cuda_device()?;
+    // SAFETY: nothing is allocated yet, and the one stream orders all that will be.
+    unsafe { cuda.disable_event_tracking() };
+    CudaKernels::of(cuda)?;
+    Ok(device)
 }
 
 impl CudaKernels {
@@ -121,6 +143,49 @@ impl Launch for CudaKernels {
         let launched = unsafe { builder.launch(config) }.w();
         launched.map(|_| ()).map_err(|error| error.context(format!("kernel {name}, grid {grid:?}")))
     }
+}
+
+/// [`super::ops::product_f32`].
+pub(super) fn product_f32(device: &CudaDevice, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let ((rows, depth), (columns, _)) = (x.dims2()?, weight.dims2()?);
+    let kind = match x.dtype() {
+        DType::BF16 => cudaDataType::CUDA_R_16BF,
+        DType::F16 => cudaDataType::CUDA_R_16F,
+        _ => cudaDataType::CUDA_R_32F,
+    };
+    let out = room((rows, columns), DType::F32, x.device())?;
+    let (a, b, c) = (address(weight)?, address(x)?, address(&out)?);
+    let int = |n: usize| i32::try_from(n).map_err(candle_core::Error::wrap);
+    let (rows, columns, depth) = (int(rows)?, int(columns)?, int(depth)?);
+    let (one, zero) = (&1f32 as *const f32, &0f32 as *const f32);
+    let blas = device.cublas_handle();
+    // SAFETY: cuBLAS counts by columns, so this is weight · xᵀ of operands that are each other's transposes; the
+    // addresses are of contiguous tensors of these shapes, used in the order of the handle's stream.
+    unsafe {
+        gemm_ex(
+            *blas.handle(),
+            cublasOperation_t::CUBLAS_OP_T,
+            cublasOperation_t::CUBLAS_OP_N,
+            columns,
+            rows,
+            depth,
+            one.cast(),
+            a as *const _,
+            kind,
+            depth,
+            b as *const _,
+            kind,
+            depth,
+            zero.cast(),
+            c as *mut _,
+            cudaDataType::CUDA_R_32F,
+            columns,
+            cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+        )
+    }
+    .w()?;
+    Ok(out)
 }
 
 /// Where a storage begins.

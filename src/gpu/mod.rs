@@ -16,7 +16,7 @@ pub(crate) mod packed_attention;
 mod step_attention;
 
 #[cfg(feature = "cuda")]
-pub use cuda::CudaKernels;
+pub use cuda::{CudaKernels, device};
 pub use launch::{Arg, Launch};
 pub(crate) use machine::machine_of;
 pub use machine::{Machine, address, emulate, is_gpu, machine};

@@ -76,6 +76,19 @@ pub fn rope(gpu: &dyn Launch, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<
     Ok(out)
 }
 
+/// `x · weightᵀ` in f32, of 16-bit operands `[rows, in]` and `[out, in]`: candle rounds its result to 16 bits.
+pub fn product_f32(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let fit = matches!((x.dims(), weight.dims()), ([_, a], [_, b]) if a == b);
+    if !fit || x.dtype() != weight.dtype() {
+        candle_core::bail!("product: {:?} with weights {:?}", x.dims(), weight.dims());
+    }
+    match x.device() {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => super::cuda::product_f32(device, &x.contiguous()?, weight),
+        _ => x.to_dtype(DType::F32)?.matmul(&weight.to_dtype(DType::F32)?.t()?),
+    }
+}
+
 /// Room for a result, to be written whole by a kernel.
 pub fn room(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Tensor> {
     // SAFETY: numbers of any bits are valid; a kernel writes them before they are read.

@@ -114,9 +114,9 @@ impl Decoder {
         &self.head
     }
 
-    /// Logits `[rows, vocab]` of hidden states `[rows, hidden]` from [`Self::forward`].
+    /// Logits `[rows, vocab]` in f32 of hidden states `[rows, hidden]` from [`Self::forward`].
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.head.forward(&self.normed(hidden)?)
+        self.head.forward_f32(&self.normed(hidden)?)
     }
 
     /// SHA-256 of all weights, in hex: whether they are still what they were.

@@ -1,6 +1,6 @@
 //! Linear layers over frozen weights.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use super::{Matrix, visit_bytes};
 
@@ -22,9 +22,9 @@ impl Linear {
         self.weight.product(x, self.bias.as_ref())
     }
 
-    /// [`Self::forward`] in f32.
+    /// [`Self::forward`] in f32, whatever the type of `x` and of the weights: logits need more than 8 bits.
     pub fn forward_f32(&self, x: &Tensor) -> Result<Tensor> {
-        self.forward(x)?.to_dtype(DType::F32)
+        self.weight.product_f32(x, self.bias.as_ref())
     }
 
     /// Takes a gradient `[tokens, out]` of the outputs to one of the inputs, `[tokens, in]`; through

@@ -53,7 +53,7 @@ pub fn placement(dtype: DType) -> Placement {
         Ok(name) => {
             let index = name.strip_prefix("cuda:").and_then(|index| index.parse().ok());
             let index = index.unwrap_or_else(|| panic!("CARTOUCHE_TEST_DEVICE={name}: not cuda:N"));
-            Placement { device: Device::new_cuda(index).unwrap(), dtype }
+            Placement { device: gpu::device(index).unwrap(), dtype }
         }
         #[cfg(not(feature = "cuda"))]
         Ok(name) => {

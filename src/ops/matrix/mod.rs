@@ -20,6 +20,7 @@ use candle_core::{
 
 use super::product::{LANES, Output};
 use super::{add_in_place, contiguous_f32, visit_bytes, with_f32};
+use crate::gpu;
 use packed_f32::PackedF32;
 use q8_0::PackedQ8;
 use transposed::transposed_product;
@@ -86,6 +87,17 @@ impl Matrix {
             (Form::Dense(weight), _) => x.matmul(&weight.t()?),
             // One operation: candle would keep a gradient of the frozen bias for every token.
             _ => x.contiguous()?.apply_op1(Product { matrix: self.clone(), bias: bias.cloned() }),
+        }
+    }
+
+    /// [`Self::product`] in f32, also of 16-bit operands.
+    pub fn product_f32(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        match (&*self.0, bias) {
+            (Form::Dense(weight), Some(bias)) => {
+                gpu::ops::product_f32(x, weight)?.broadcast_add(&bias.to_dtype(DType::F32)?)
+            }
+            (Form::Dense(weight), None) => gpu::ops::product_f32(x, weight),
+            _ => self.product(x, bias)?.to_dtype(DType::F32),
         }
     }
 
