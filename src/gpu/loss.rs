@@ -35,9 +35,14 @@ impl LossRows {
         let whole = self.losses.dims1()?;
         if first + rows > whole || self.starts.dims1()? != whole + 1 || logits.dtype() != DType::F32
         {
-            candle_core::bail!("distillation_loss: {:?} from row {first} of {whole}", logits.dims());
+            candle_core::bail!(
+                "distillation_loss: {:?} from row {first} of {whole}",
+                logits.dims()
+            );
         }
-        let from = |tensor: &Tensor, row: usize| Ok::<_, candle_core::Error>(address(tensor)? + 4 * row as u64);
+        let from = |tensor: &Tensor, row: usize| {
+            Ok::<_, candle_core::Error>(address(tensor)? + 4 * row as u64)
+        };
         let args = [
             Arg::from(address(logits)?),
             from(&self.starts, first)?.into(),

@@ -47,9 +47,8 @@ impl PrefixAt {
         };
         let (_, tokens, head_dim) = keys.dims3()?;
         let stride = keys.stride()[0];
-        let fits = |tensor: &&Tensor| {
-            tensor.stride() == [stride, head_dim, 1] && tensor.dtype() == dtype
-        };
+        let fits =
+            |tensor: &&Tensor| tensor.stride() == [stride, head_dim, 1] && tensor.dtype() == dtype;
         if ![keys, values].iter().all(fits) {
             candle_core::bail!("packed attention: prefix {keys:?} and {values:?} for {dtype:?}");
         }

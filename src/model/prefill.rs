@@ -101,8 +101,7 @@ impl Attend for Recording {
 
 fn prefill_on_gpu(decoder: &Decoder, tokens: &[u32], chunk: usize) -> Result<Vec<LayerKv>> {
     let (config, device) = (decoder.config(), decoder.device());
-    let heads =
-        Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
+    let heads = Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
     let shape = (config.kv_heads, tokens.len(), config.head_dim);
     let zeros = || Tensor::zeros(shape, decoder.dtype(), device);
     let mut layers = Vec::with_capacity(config.layers);

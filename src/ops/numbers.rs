@@ -87,10 +87,7 @@ pub(crate) fn with_f32<R>(tensor: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) 
 
 /// Lets `f` change the elements of a contiguous f32 CPU tensor. Whoever shares its memory sees the change;
 /// nobody may hold its [`Numbers`].
-pub(crate) fn change_f32<R>(
-    tensor: &Tensor,
-    f: impl FnOnce(&mut [f32]) -> Result<R>,
-) -> Result<R> {
+pub(crate) fn change_f32<R>(tensor: &Tensor, f: impl FnOnce(&mut [f32]) -> Result<R>) -> Result<R> {
     let op = Change { f: Cell::new(Some(f)), result: Cell::new(None) };
     tensor.inplace_op1(&op)?;
     op.result.take().unwrap_or_else(|| candle_core::bail!("a tensor was not changed"))

@@ -18,7 +18,8 @@ pub struct Rows {
 impl Rows {
     /// `chosen` must ascend strictly within the `of` rows there are.
     pub fn new(chosen: Vec<u32>, of: usize, device: &Device) -> Result<Self> {
-        if !chosen.is_sorted_by(|a, b| a < b) || chosen.last().is_some_and(|row| *row as usize >= of)
+        if !chosen.is_sorted_by(|a, b| a < b)
+            || chosen.last().is_some_and(|row| *row as usize >= of)
         {
             candle_core::bail!("chosen rows must ascend within the {of} there are");
         }

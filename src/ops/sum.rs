@@ -64,16 +64,21 @@ impl InplaceOp2 for Add {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
+    use candle_core::{DType, Device};
 
     #[test]
     fn equals_candles_sum_and_refuses_other_shapes() -> Result<()> {
         let random = |rows| Tensor::randn(0f32, 1f32, (rows, 1000), &Device::Cpu);
         let (x, y) = (random(70)?, random(70)?);
         let want = (&x + &y)?.to_vec2::<f32>()?;
-        assert_eq!(add_in_place(x.copy()?, &y)?.to_vec2::<f32>()?, want);
-        let want = (&x + (&y * 0.25)?)?.to_vec2::<f32>()?;
-        assert_eq!(add_scaled(x.copy()?, &y, 0.25)?.to_vec2::<f32>()?, want);
+        let scaled = (&x + (&y * 0.25)?)?.to_vec2::<f32>()?;
+        // In f64 as on a GPU.
+        for dtype in [DType::F32, DType::F64] {
+            let (x, y) = (x.copy()?.to_dtype(dtype)?, y.to_dtype(dtype)?);
+            let numbers = |t: Tensor| t.to_dtype(DType::F32)?.to_vec2::<f32>();
+            assert_eq!(numbers(add_scaled(x.copy()?, &y, 0.25)?)?, scaled);
+            assert_eq!(numbers(add_in_place(x, &y)?)?, want);
+        }
         assert!(add_in_place(x, &random(7)?).is_err());
         Ok(())
     }

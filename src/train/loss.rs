@@ -188,13 +188,15 @@ impl<'a> RowLosses<'a> {
             Place::Gpu(gpu, rows) => {
                 rows.compute(&**gpu, logits, first, (scale, unit.unwrap_or_default() as f32))
             }
-            Place::Cpu(losses) => change_f32(logits, |values| {
-                let rows = values.par_chunks_exact_mut(logits.dim(1)?).enumerate();
-                losses.par_extend(rows.map(|(i, logits)| {
-                    row_loss(logits, targets.entries(first + i), scale, unit)
-                }));
-                Ok(())
-            }),
+            Place::Cpu(losses) => {
+                change_f32(logits, |values| {
+                    let rows = values.par_chunks_exact_mut(logits.dim(1)?).enumerate();
+                    losses.par_extend(rows.map(|(i, logits)| {
+                        row_loss(logits, targets.entries(first + i), scale, unit)
+                    }));
+                    Ok(())
+                })
+            }
         }
     }
 

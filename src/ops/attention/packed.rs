@@ -133,7 +133,8 @@ impl PackedAttention {
             (None, Sums::Cpu(log_sums)) => {
                 let numbers = numbers(q, kv)?;
                 let (out, grad) = (Numbers::of(out)?, Numbers::of(grad)?);
-                let found = packed_cpu::backward(&self.inputs(&numbers), log_sums, &out, &grad, own);
+                let found =
+                    packed_cpu::backward(&self.inputs(&numbers), log_sums, &out, &grad, own);
                 let tensor =
                     |values, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu);
                 let [keys, values] = found.prefix;

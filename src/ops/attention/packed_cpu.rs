@@ -7,9 +7,9 @@ use std::borrow::Cow;
 
 use rayon::prelude::*;
 
+use super::Heads;
 use super::packed_plan::{Group, Plan, Tile};
 use super::packed_rows::{Mask, slopes, softmax, weights};
-use super::Heads;
 use crate::ops::product::{LANES, Left, Output, Product, Right, turn};
 
 pub(super) struct Inputs<'a> {

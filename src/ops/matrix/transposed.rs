@@ -10,8 +10,8 @@ use rayon::prelude::*;
 
 use super::packed_f32::{BLOCK_INPUTS, BLOCK_TOKENS};
 use super::{LANES, Output};
-use crate::ops::{Numbers, change_f32};
 use crate::ops::product::{Left, Product, Right};
+use crate::ops::{Numbers, change_f32};
 
 /// Columns of the matrix per task; with [`BLOCK_INPUTS`] a scratch of 64 KiB. Each task turns the weights
 /// on its own, and [`BLOCK_TOKENS`] multiplications pay for it.
