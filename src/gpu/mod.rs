@@ -5,11 +5,14 @@
 //! ([`emulate`]), so that model, engine and trainer are proven to launch the right ones on machines
 //! without a GPU. Only `cuda.rs` needs the feature.
 
+pub(crate) mod backward;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod launch;
+pub(crate) mod loss;
 mod machine;
 pub(crate) mod ops;
+pub(crate) mod packed_attention;
 pub mod sampling;
 mod step_attention;
 

@@ -7,9 +7,9 @@ use super::machine::address;
 use crate::model::{Angles, Unrotated};
 
 /// Elements of a row that one thread block of `swiglu` takes.
-const SWIGLU_PART: usize = 2048;
+pub(super) const SWIGLU_PART: usize = 2048;
 /// Heads that a thread block of `rope` takes.
-const ROPE_HEADS: usize = 4;
+pub(super) const ROPE_HEADS: usize = 4;
 
 /// [`crate::ops::rms_norm`] of a contiguous `x`.
 pub fn rms_norm(gpu: &dyn Launch, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -196,19 +196,20 @@ pub fn room(shape: impl Into<Shape>, dtype: DType, device: &Device) -> Result<Te
     unsafe { Tensor::empty(shape, dtype, device) }
 }
 
-fn like(x: &Tensor) -> Result<Tensor> {
+/// Room for a result like `x`.
+pub(super) fn like(x: &Tensor) -> Result<Tensor> {
     room(x.shape(), x.dtype(), x.device())
 }
 
 /// The kernel for the type of `x`.
-fn named(kernel: &str, x: &Tensor) -> String {
+pub(super) fn named(kernel: &str, x: &Tensor) -> String {
     format!("{kernel}_{}", x.dtype().as_str())
 }
 
-fn null() -> Arg {
+pub(super) fn null() -> Arg {
     Arg::from(0u64)
 }
 
-fn int(value: usize) -> Arg {
+pub(super) fn int(value: usize) -> Arg {
     Arg::from(value as i32)
 }

@@ -86,9 +86,9 @@ impl Decoder {
         trace: Trace,
         angles: &Angles,
         chosen: Option<&Chosen>,
-        grad: Vec<f32>,
+        grad: Tensor,
         attend: AttendBackward<'_>,
-    ) -> Result<Option<Vec<f32>>> {
+    ) -> Result<Option<Tensor>> {
         self.layers[index].backward(&self.config, trace, angles, chosen, grad, attend)
     }
 
@@ -98,11 +98,8 @@ impl Decoder {
     }
 
     /// The way back through [`Self::normed`].
-    pub(crate) fn normed_backward(&self, hidden: &Tensor, grad: &[f32]) -> Result<Vec<f32>> {
-        let mut to = vec![0f32; grad.len()];
-        let eps = self.config.rms_norm_eps;
-        rms_norm_backward(hidden, &self.final_norm, eps, grad, &mut to)?;
-        Ok(to)
+    pub(crate) fn normed_backward(&self, hidden: &Tensor, grad: &Tensor) -> Result<Tensor> {
+        rms_norm_backward(hidden, &self.final_norm, self.config.rms_norm_eps, grad, None)
     }
 
     /// From normed hidden states to logits.
