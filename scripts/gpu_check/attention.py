@@ -20,7 +20,7 @@ SCALE = 8192
 def attention(check, step) -> None:
     step.notes.append((__doc__ or "").split("\n\n", 1)[1].replace("\n", " "))
     if check.torch is None:
-        return step.not_run("NO PYTORCH: nothing to compare with")
+        return step.not_run(f"{check.no_torch}: nothing to compare with")
     columns = [
         "case",
         "tensor",

@@ -1,6 +1,7 @@
 """The machine, the card, the libraries, the compiler, PyTorch. Finds what later steps need."""
 
 import glob
+import json
 import os
 import platform
 import re
@@ -35,11 +36,10 @@ FOLDERS = [
     "/usr/lib/*-linux-gnu",
 ]
 OPEN = "import ctypes, sys\nfor name in sys.argv[1:]:\n try: ctypes.CDLL(name)\n except OSError: print(name)"
-TORCH = """import torch
-print(torch.__version__)
-print(torch.version.cuda or "none")
-print(torch.cuda.is_available())
-print(torch.cuda.get_device_name(int("{index}")) if torch.cuda.is_available() else "")"""
+TORCH = """import json, sys, torch
+there = torch.cuda.is_available()
+name = torch.cuda.get_device_name(int(sys.argv[1])) if there else ""
+print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "card": name}))"""
 
 
 def machine(check, step) -> None:
@@ -108,7 +108,9 @@ def query(check) -> list[str] | None:
 def libraries(check, step, row) -> None:
     """Sets LD_LIBRARY_PATH for the program where the loader does not find CUDA's libraries by itself."""
     missing = cannot_open(check)
-    site = run([check.python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], 20).output.strip()
+    site = run([check.python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], 20).output.split(
+        "\n"
+    )[0]
     for pattern in FOLDERS:
         for folder in sorted(glob.glob(pattern.format(site=site or "/nonexistent"))):
             if any(os.path.exists(os.path.join(folder, name)) for name in missing):
@@ -126,23 +128,23 @@ def cannot_open(check) -> list[str]:
 
 def torch(check, step, row) -> None:
     index = "0" if check.rehearse else check.device.removeprefix("cuda:")
-    found = run([check.python, "-c", TORCH.replace("{index}", index)], 120)
-    lines = found.output.splitlines()
-    if not found.ok or len(lines) < 3:
-        check.torch = None
+    found = run([check.python, "-c", TORCH, index], 120)
+    # Warnings may stand before it.
+    lines = [line for line in found.output.splitlines() if line.startswith("{")]
+    if not found.ok or not lines:
         row("PyTorch", "NONE")
         step.notes.append(
             "**NO PYTORCH.** Nothing is compared with PyTorch: no errors beside SDPA's, no ratios. "
             "Name a Python that has it with --python."
         )
         return
-    usable = check.rehearse or lines[2] == "True"
-    check.torch = lines[0] if usable else None
-    row("PyTorch", f"{lines[0]}, CUDA {lines[1]}, {'uses the card' if lines[2] == 'True' else 'CPU only'}")
-    if not usable:
+    said = json.loads(lines[-1])
+    row("PyTorch", f"{said['version']}, CUDA {said['cuda']}, {'uses the card' if said['card'] else 'CPU only'}")
+    if check.rehearse or said["card"]:
+        check.torch, check.card = said["version"], "" if check.rehearse else said["card"]
+    else:
+        check.no_torch = "PYTORCH WITHOUT A GPU"
         step.notes.append("**PYTORCH WITHOUT A GPU.** It is there but sees no card: nothing is compared with it.")
-    elif not check.rehearse:
-        check.card = lines[3]
 
 
 def find_sanitizer() -> str | None:

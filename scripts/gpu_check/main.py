@@ -29,6 +29,7 @@ class Check:
         self.python = chosen.python or sys.executable
         self.card = ""
         self.torch: str | None = None  # its version, where it can be used
+        self.no_torch = "NO PYTORCH"  # in words
         self.env: dict[str, str] = {}  # for the program: where CUDA's libraries are
         self.until = time.monotonic() + chosen.seconds
         self.limits: dict[str, float] = {}  # when a step must be done

@@ -52,8 +52,9 @@ def run_all(check, step, tests, title) -> None:
             step.notes.append(f"{name} skipped: " + "; ".join(said))
         if not fine:
             step.excerpt(f"End of {name}", outcome.output)
-            alone = alone or step.table("Tests that failed or did not finish, each alone", ["test", "result", "s"])
-            run_alone(check, step, alone, name, path, [*failed, *unfinished])
+            if failed or unfinished:
+                alone = alone or step.table("Tests that failed or did not finish, each alone", ["test", "result", "s"])
+                run_alone(check, step, alone, name, path, [*failed, *unfinished])
         check.report.write()
     bad = [row[0] for row in table.rows if row[1] != "passed"]
     total = sum(row[3] for row in table.rows)

@@ -70,6 +70,8 @@ def timing(check, step) -> None:
         # The first shape is the one we want whole; the others take what it leaves.
         ours, said, cut = measure(check, shape, left * SHARE_OF_OURS)
         (missing if cut else broken).extend([f"{shape}: {said}"] if said else [])
+        if not ours:
+            break  # nor will the others be measured
         before = machine.under_load(check) if not check.rehearse else ""
         theirs, said, cut = peers(check, step, shape, ours, check.left(step))
         (missing if cut else broken).extend([f"{shape}: {said}"] if said else [])
@@ -84,7 +86,7 @@ def timing(check, step) -> None:
             table.rows.append(cells)
             every.rows.append([shape, *cells, *(row.get(name) for name in DETAIL)])
         check.report.write()
-    missing += ["NO PYTORCH, no ratios"] if check.torch is None else []
+    missing += [f"{check.no_torch}, no ratios"] if check.torch is None else []
     step.notes += [*missing, *broken]
     judged = [row for row in every.rows if cell(row, "met") in ("yes", "no")]
     if not every.rows:
