@@ -1,11 +1,17 @@
 //! The decoder: token ids in, hidden states out, attention delegated.
 
+use std::sync::{Arc, OnceLock};
+
 use candle_core::{Result, Tensor};
 use sha2::{Digest, Sha256};
 
 use super::layer::{AttendBackward, Chosen, Layer, Trace};
 use super::{Angles, Attend, ModelConfig};
+use crate::gpu::is_gpu;
 use crate::ops::{Linear, Matrix, RopeTable, rms_norm, rms_norm_backward, visit_bytes};
+
+/// Positions whose rotary angles a GPU keeps: 64 MiB with heads of 128.
+const KNOWN_ANGLES: usize = 1 << 17;
 
 /// A Llama-style decoder with frozen weights. Cheap to clone: the weights are shared.
 #[derive(Debug, Clone)]
@@ -17,6 +23,8 @@ pub struct Decoder {
     pub(super) final_norm: Tensor,
     pub(super) head: Linear,
     pub(super) rope: RopeTable,
+    /// On a GPU: of all positions, made with the first pass.
+    pub(super) all_angles: Arc<OnceLock<Angles>>,
 }
 
 impl Decoder {
@@ -62,8 +70,24 @@ impl Decoder {
 
     /// Rotary angles of `positions`, for [`Self::layer`].
     pub(crate) fn angles(&self, positions: &[u32]) -> Result<Angles> {
-        let (cos, sin) = self.rope.angles(positions, self.device())?;
-        Ok(Angles { cos, sin })
+        let (device, known) = (self.device(), self.config.max_positions.min(KNOWN_ANGLES) as u32);
+        let computed = |positions: &[u32]| {
+            let (cos, sin) = self.rope.angles(positions, device)?;
+            Ok::<_, candle_core::Error>(Angles { cos, sin })
+        };
+        if !is_gpu(device, self.dtype()) || positions.iter().any(|at| *at >= known) {
+            return computed(positions);
+        }
+        // One thread of the host takes longer over the angles of a large batch than a GPU over a layer.
+        let all = match self.all_angles.get() {
+            Some(all) => all,
+            None => {
+                let all = computed(&(0..known).collect::<Vec<_>>())?;
+                self.all_angles.get_or_init(|| all)
+            }
+        };
+        let at = Tensor::new(positions, device)?;
+        Ok(Angles { cos: all.cos.index_select(&at, 0)?, sin: all.sin.index_select(&at, 0)? })
     }
 
     /// One layer: hidden states `[tokens, hidden]` in and out, of the chosen tokens or of all.
