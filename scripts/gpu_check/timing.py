@@ -18,7 +18,7 @@ SHARE_OF_OURS = 0.55  # of the time that is left for a shape
 REHEARSAL = ["--layers", "1", "--scale", "128", "--kv-mib", "16", "--only", "cartridge,attention,train"]
 REHEARSED = "llama-3.2-1b"
 # What we want, by the figure: of the roof, against PyTorch, or against the text in the cartridge's place.
-OF_ROOF = {"decode": 0.8, "cartridge": 0.8}
+OF_ROOF = {"decode": 0.85, "cartridge": 0.8}
 OVER_PYTORCH = {"attention": 1.0, "train": 1.0}
 OVER_TEXT = {"capacity": 26.4}  # of the paper, arXiv 2506.06266
 COLUMNS = [
