@@ -191,6 +191,27 @@ fn a_loss_that_is_not_finite_names_its_row() {
     }
 }
 
+/// Of the tokens that are learned.
+fn mean_gradient_norm(decoder: &Decoder, parameters: &Parameters, packs: &[Pack]) -> f64 {
+    let prefix = parameters.prefix(decoder.device()).unwrap();
+    let gradient = |pack| gradients(decoder, &prefix, pack, &StepOptions::default()).unwrap();
+    let steps: Vec<StepOutput> = packs.iter().map(gradient).collect();
+    let learned = |tensor: &Tensor| {
+        let (frozen, tokens) = (parameters.frozen(), parameters.tokens());
+        values(&tensor.narrow(1, frozen, tokens - frozen).unwrap().contiguous().unwrap())
+    };
+    let mut squares = 0.0;
+    for tensor in 0..2 * prefix.len() {
+        let all: Vec<Vec<f32>> =
+            steps.iter().map(|step| learned(both(&step.gradients).nth(tensor).unwrap())).collect();
+        for i in 0..all[0].len() {
+            let mean = all.iter().map(|g| f64::from(g[i])).sum::<f64>() / all.len() as f64;
+            squares += mean * mean;
+        }
+    }
+    squares.sqrt()
+}
+
 #[test]
 fn a_run_learns_as_on_the_cpu() {
     let placements = [placement(DType::BF16), Placement::default()];
@@ -200,6 +221,7 @@ fn a_run_learns_as_on_the_cpu() {
         let start = random(decoder.config().kv_shape(), 5, 1.0, 3).unwrap();
         let parameters = Parameters::new(&start, 2).unwrap();
         let before = parameters.clone();
+        let norm = mean_gradient_norm(&decoder, &parameters, &packs);
         let schedule = Schedule {
             lr: 0.05,
             decay: Decay::Constant,
@@ -218,7 +240,9 @@ fn a_run_learns_as_on_the_cpu() {
         };
         let held_out = packs.clone();
         let mut trainer = Trainer::new(decoder, parameters, packs, options).unwrap();
-        let mut losses = Vec::new();
+        let first = trainer.step().unwrap();
+        assert!((first.grad_norm - norm).abs() <= 1e-4 * norm, "{} for {norm}", first.grad_norm);
+        let mut losses = vec![first.loss];
         while !trainer.is_done() {
             losses.push(trainer.step().unwrap().loss);
         }
