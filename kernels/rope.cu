@@ -10,7 +10,8 @@
 //   k_cache, v_cache [blocks, kv_heads, 16, D] rotated keys, and values as they are; null: no cache, v is unused
 //   slots           [tokens] int32             block * 16 + offset; -1: the token is not stored
 //   error           [1] int32                  raised to 1 + the last token whose slot is none of the cache_slots
-//                                              (and not -1), which is not stored; the caller zeroes it before
+//                                              (and not -1), which is not stored; the caller zeroes it before;
+//                                              null: nobody asks
 // grid (ceil(tokens * (heads + kv_heads + (k_cache ? kv_heads : 0)) / 4), 1, 1), 128 threads: a warp per head.
 //
 // rope_backward_<type>: gradients of what entered, for queries or for keys: the rotation by the opposite angle,
@@ -125,7 +126,7 @@ __device__ __forceinline__ void rope(const T *q, const T *k, const T *v, const T
     if (query || !k_cache) return;
     const int slot = slots[token];
     if (slot < 0 || slot >= cache_slots) {
-        if (slot != -1 && threadIdx.x % 32 == 0) atomicMax(error, token + 1);
+        if (slot != -1 && error && threadIdx.x % 32 == 0) atomicMax(error, token + 1);
         return;
     }
     const int64_t row = (static_cast<int64_t>(slot / SLOTS) * kv_heads + head) * SLOTS + slot % SLOTS;

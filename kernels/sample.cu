@@ -30,8 +30,8 @@
 #include "select.cuh"
 
 constexpr int IN_PROMPT = 1 << 30;
-// In place of a logit whose token must not be drawn. Finite, so that an infinity is always the model's.
-constexpr float BANNED = -3.402823466e38f;
+// The largest float. Bans and adjustments end there, so that an infinity is always the model's.
+constexpr float MOST = 3.402823466e38f;
 // Weights are below 2^30 in their bits: at most 1.
 constexpr int WEIGHT_BITS = 30 + ID_BITS;
 
@@ -41,13 +41,13 @@ struct Options {
 
 __device__ __forceinline__ float adjusted(float logit, int uses, float bias, const Options &options) {
     if (!(fabsf(logit) < INFINITY)) return logit;
-    if (uses < 0) return BANNED;
+    if (uses < 0) return -MOST;
     logit += bias;
     if (uses > 0) logit = logit > 0.0f ? logit / options.repetition : logit * options.repetition;
     const int count = uses & (IN_PROMPT - 1);
     // Rounded like the CPU's, not fused.
     if (count > 0) logit -= __fmul_rn(options.frequency, static_cast<float>(count)) + options.presence;
-    return logit;
+    return fminf(fmaxf(logit, -MOST), MOST);
 }
 
 __device__ __forceinline__ uint64_t mass(float weight) { return static_cast<uint64_t>(weight * 0x1p44f); }
@@ -60,7 +60,7 @@ __device__ __forceinline__ int draw(RowShared &shared, const LogitRow &row, cons
     const int likeliest = id_of_ranked(best);
     const float most = float_of_ordered(bits_of_ranked(best));
     const float temperature = options.temperature, inverse = 1.0f / temperature;
-    if (!(temperature > 0.0f) || inverse == INFINITY || most == BANNED) return likeliest;
+    if (!(temperature > 0.0f) || inverse == INFINITY || fabsf(most) == MOST) return likeliest;
 
     // Calls f(rank, weight) for a token that may be drawn.
     auto candidate = [&](int id, float logit, auto f) {

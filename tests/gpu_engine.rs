@@ -6,13 +6,13 @@ mod engine_support;
 #[path = "kernels_support/mod.rs"]
 mod kernels_support;
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use cartouche::cartridge::{Cartridge, Lease, read_cartridge_bytes};
 use cartouche::demo;
 use cartouche::engine::{EngineHandle, EngineOptions, GenerateRequest, SampledToken, start};
 use cartouche::model::{Decoder, LoadOptions, ModelSource, Placement, load};
 use engine_support::{Outcome, collect, greedy};
-use kernels_support::placement;
+use kernels_support::{launches, placement};
 
 fn engine(decoder: Decoder) -> EngineHandle {
     let options = EngineOptions {
@@ -108,7 +108,7 @@ fn the_demo_answers_with_its_cartridge_as_on_the_cpu() {
     let questions = document.questions().unwrap();
     let questions: Vec<_> = questions.questions.iter().filter(|q| q.in_document).take(3).collect();
     let mut replies = Vec::new();
-    for placement in [placement, Placement::default()] {
+    for placement in [placement.clone(), Placement::default()] {
         let options = LoadOptions { placement: placement.clone(), ..LoadOptions::default() };
         let model = load(&ModelSource::Demo, &options).unwrap();
         let lease = lease(&cartridge, &placement);
@@ -121,6 +121,10 @@ fn the_demo_answers_with_its_cartridge_as_on_the_cpu() {
         });
         let requests = requests.collect();
         replies.push(run(&engine(model.decoder), requests));
+    }
+    if matches!(placement.device, Device::Cpu) {
+        // Tokens and their log-probabilities were found there.
+        assert!(launches("sample_f32") >= 12 && launches("logprobs_f32") >= 12);
     }
     for ((gpu, cpu), question) in replies[0].iter().zip(&replies[1]).zip(questions) {
         assert_alike(gpu, cpu, 0.06, &question.question);

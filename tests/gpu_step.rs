@@ -5,9 +5,7 @@
 mod kernels_support;
 
 use candle_core::DType;
-use cartouche::gpu::{
-    Arg, CartridgeLayer, Launch, LayerAddresses, QuerySequence, StepAttention, StepHeads,
-};
+use cartouche::gpu::{CartridgeLayer, LayerAddresses, QuerySequence, StepAttention, StepHeads};
 use cartouche::ops::attention::{Heads, KvRun, SequenceQueries, segment_attention};
 use half::bf16;
 use kernels_support::{Buffer, Emulation, Random, Shape, shape};
@@ -95,24 +93,18 @@ fn check(seed: u64, shape: Shape, cartridges: &[(usize, bool)], sequences: &[Seq
     let tables: Vec<Vec<u32>> =
         own.iter().map(|kv| free.by_ref().take(needed(kv)).collect()).collect();
     let nan = vec![bf16::NAN; count * kv_heads * BLOCK * dim];
-    let (keys, values) = (Buffer::of(&nan, random.side()), Buffer::of(&nan, random.side()));
-    let machine = Emulation { seed };
+    let (mut keys, mut values) = (nan.clone(), nan);
     for (kv, table) in own.iter().zip(&tables) {
-        let places = (0..kv.tokens).map(|t| table[t / BLOCK] * 16 + (t % BLOCK) as u32);
-        let places = Buffer::of(&places.collect::<Vec<u32>>(), random.side());
-        let (k, v) = (Buffer::of(&kv.keys, random.side()), Buffer::of(&kv.values, random.side()));
-        let args = [
-            Arg::from(k.address() as u64),
-            (v.address() as u64).into(),
-            (places.address() as u64).into(),
-            (keys.address() as u64).into(),
-            (values.address() as u64).into(),
-            (kv_heads as i32).into(),
-            (dim as i32).into(),
-        ];
-        // SAFETY: the buffers are those of the kernel.
-        unsafe { machine.launch("kv_write_bf16", [kv.tokens, 1, 1], &args).unwrap() };
+        for (t, head) in (0..kv.tokens).flat_map(|t| (0..kv_heads).map(move |head| (t, head))) {
+            let from = (t * kv_heads + head) * dim;
+            let block = table[t / BLOCK] as usize;
+            let to = ((block * kv_heads + head) * BLOCK + t % BLOCK) * dim;
+            keys[to..to + dim].copy_from_slice(&kv.keys[from..from + dim]);
+            values[to..to + dim].copy_from_slice(&kv.values[from..from + dim]);
+        }
     }
+    let (keys, values) = (Buffer::of(&keys, random.side()), Buffer::of(&values, random.side()));
+    let machine = Emulation { seed };
 
     let named: Vec<Vec<(usize, usize)>> = sequences
         .iter()

@@ -3,7 +3,7 @@
 mod kernels_support;
 
 use half::{bf16, f16};
-use kernels_support::{Arg, Buffer, Library, Side};
+use kernels_support::{Arg, Buffer, Elsewhere, Library, Side, launch_elsewhere};
 
 const SEEDS: std::ops::Range<u64> = 0..8;
 
@@ -100,6 +100,72 @@ fn reads_and_writes_outside_of_buffers_are_found() {
     let written = launch(Side::Back, 31, Side::Front, 0).unwrap();
     assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| written.read())).is_err());
     assert!(launch(Side::Back, 28, Side::Back, 0).err().unwrap().contains("outside"));
+}
+
+/// The heap, as the memory of a GPU.
+struct Heap;
+
+#[derive(Clone, Copy)]
+#[repr(C, align(256))]
+struct Line([u8; 256]);
+
+impl Elsewhere for Heap {
+    type Memory = (Box<[Line]>, usize);
+
+    fn put(&self, bytes: &[u8]) -> Result<Self::Memory, String> {
+        let mut lines = vec![Line([0; 256]); bytes.len().div_ceil(256)].into_boxed_slice();
+        for (line, bytes) in lines.iter_mut().zip(bytes.chunks(256)) {
+            line.0[..bytes.len()].copy_from_slice(bytes);
+        }
+        Ok((lines, bytes.len()))
+    }
+
+    fn address(&self, (lines, _): &Self::Memory) -> u64 {
+        lines.as_ptr() as u64
+    }
+
+    fn get(&self, (lines, len): &Self::Memory) -> Result<Vec<u8>, String> {
+        Ok(lines.iter().flat_map(|line| line.0).take(*len).collect())
+    }
+
+    fn launch(&self, kernel: &str, grid: [usize; 3], args: &[Arg]) -> Result<(), String> {
+        library().run_here(kernel, grid, 0, args)
+    }
+}
+
+/// As a launch on a GPU has it, where no page traps.
+#[test]
+fn buffers_are_copied_elsewhere_and_back_with_what_lies_beside_them() {
+    let values: Vec<f32> = (0..36).map(|i| i as f32).collect();
+    for side in [Side::Front, Side::Back] {
+        let from = Buffer::of(&values, side);
+        let to = Buffer::<f32>::poisoned(32, side);
+        let shifted = |from: Arg, by: i32| {
+            launch_elsewhere(&Heap, "shifted", [1; 3], &[from, args![&to][0], Arg::from(by)])
+        };
+        shifted(args![&from][0], 0).unwrap();
+        assert_eq!(to.read(), values[..32]);
+        // An address inside of a buffer.
+        shifted(args![from.address() as u64 + 16][0], 0).unwrap();
+        assert_eq!(to.read(), values[4..]);
+        // One buffer twice is one copy.
+        launch_elsewhere(&Heap, "shifted", [1; 3], args![&to, &to, 0i32]).unwrap();
+        assert_eq!(to.read(), values[4..]);
+        // Beside a buffer one reads poison.
+        shifted(args![from.address() as u64 + 32][0], 0).unwrap();
+        assert!(to.read()[28..].iter().all(|x| x.is_nan()));
+        // A write beside a buffer is found here where a page would trap, and by `read` elsewhere.
+        let short = Buffer::<f32>::poisoned(28, side);
+        let written = launch_elsewhere(&Heap, "shifted", [1; 3], args![&from, &short, 0i32]);
+        match side {
+            Side::Back => assert!(written.unwrap_err().contains("outside of every buffer")),
+            Side::Front => {
+                written.unwrap();
+                let read = std::panic::AssertUnwindSafe(|| short.read());
+                assert!(std::panic::catch_unwind(read).is_err());
+            }
+        }
+    }
 }
 
 #[test]

@@ -10,6 +10,18 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use train_run::{Run, bytes, cartouche, failed, saved, succeeded};
 
+/// The engine reads f32 on the CPU, whatever is saved: the questions could not be asked.
+#[test]
+fn a_cartridge_saved_in_16_bits_is_asked_too() {
+    let run = Run::new();
+    for dtype in ["f16", "bf16"] {
+        let more = ["--save-dtype", dtype, "--max-optimizer-steps", "1", "--limit", "2"];
+        run.train(dtype, &[&more[..], &["--questions", "demo:harbour-log"]].concat());
+        let asked = run.metrics(dtype).iter().any(|m| m["generate_cartridge/score"].is_number());
+        assert!(asked, "{dtype}");
+    }
+}
+
 /// The whole job: the teacher answers, the cartridge learns, is published, and a chat asks it what it could
 /// not know before.
 #[test]

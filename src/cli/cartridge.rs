@@ -291,8 +291,6 @@ fn prefill(
     runtime: &RuntimeOptions,
 ) -> Result<(), CliError> {
     check_output(output)?;
-    let mut runtime = runtime.clone();
-    runtime.on_cpu()?;
     runtime.set_threads()?;
     let text = std::fs::read_to_string(document)
         .map_err(|source| CliError::Io { path: document.to_owned(), source })?;

@@ -29,6 +29,16 @@ pub fn placement(name: &str) -> Result<Placement, CliError> {
 
 #[cfg(feature = "cuda")]
 fn gpu(index: usize) -> Result<Placement, String> {
+    use candle_core::cuda::cudarc::driver::{CudaContext, sys::CUresult};
+    let count = CudaContext::device_count().or_else(|error| match error.0 {
+        CUresult::CUDA_ERROR_NO_DEVICE => Ok(0),
+        _ => Err(format!("CUDA cannot be used: {error}")),
+    })?;
+    match usize::try_from(count).unwrap_or(0) {
+        0 => return Err("there is no NVIDIA GPU here, or no driver (libcuda.so.1)".to_owned()),
+        count if index >= count => return Err(format!("GPUs here: {count}, from cuda:0 on")),
+        _ => {}
+    }
     let device = crate::gpu::device(index).map_err(|e| format!("cannot be used: {e}"))?;
     Ok(Placement { device, dtype: candle_core::DType::BF16 })
 }

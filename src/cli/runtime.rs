@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::{CliError, device};
 use crate::api::ServedModel;
-use crate::cartridge::{Registry, RegistryOptions, read_cartridge_bytes};
+use crate::cartridge::{Cartridge, Lease, Registry, RegistryOptions, read_cartridge_bytes};
 use crate::engine::{EngineHandle, EngineOptions};
 use crate::model::{Decoder, LoadOptions, ModelSource};
 use crate::text::llama3_cartridge_prompt;
@@ -59,6 +59,11 @@ pub struct RuntimeOptions {
     /// are the same [default: 2]
     #[arg(long, env = "CARTOUCHE_GROUP_MIN_SEQUENCES")]
     pub group_min_sequences: Option<usize>,
+    /// On a GPU, compute prompts without cartridges by FlashAttention where a step holds nothing else:
+    /// not measured yet, compare with `cartouche bench`
+    #[cfg(feature = "flash-attn")]
+    #[arg(long, env = "CARTOUCHE_FLASH_ATTN", num_args = 0..=1, default_missing_value = "true")]
+    pub flash_attn: Option<bool>,
     /// Folder of cartridges: {dir}/{id}/cartridge.pt or .safetensors [default: cartridges]
     #[arg(long, env = "CARTOUCHE_CARTRIDGE_DIR")]
     pub cartridge_dir: Option<PathBuf>,
@@ -108,22 +113,6 @@ impl RuntimeOptions {
             .map_err(|e| CliError::Usage(format!("--threads {threads}: {e}")))
     }
 
-    /// For commands whose gradients are the CPU's: keeps them there.
-    ///
-    /// # Errors
-    /// Another device was asked for.
-    pub fn on_cpu(&mut self) -> Result<(), CliError> {
-        match self.device.get_or_insert_with(|| "cpu".to_owned()).as_str() {
-            "cpu" | "auto" => {
-                self.device = Some("cpu".to_owned());
-                Ok(())
-            }
-            other => Err(CliError::Usage(format!(
-                "--device {other}: this command computes on the CPU in this version; leave the option out"
-            ))),
-        }
-    }
-
     fn engine_options(&self) -> EngineOptions {
         let default = EngineOptions::default();
         EngineOptions {
@@ -139,6 +128,8 @@ impl RuntimeOptions {
             prefix_cache: !self.no_prefix_cache.unwrap_or(!default.prefix_cache),
             max_unread_events: default.max_unread_events,
             group_min_sequences: self.group_min_sequences.unwrap_or(default.group_min_sequences),
+            #[cfg(feature = "flash-attn")]
+            flash_attn: self.flash_attn.unwrap_or(default.flash_attn),
         }
     }
 
@@ -190,6 +181,12 @@ impl RuntimeOptions {
 }
 
 impl Runtime {
+    /// A cartridge that the registry does not know, where the engine can read it.
+    pub fn lease(&self, name: &str, cartridge: &Cartridge) -> Result<Lease, CliError> {
+        let placed = cartridge.to(self.decoder.device(), self.decoder.dtype())?;
+        Ok(Lease::detached(name, &placed)?)
+    }
+
     /// Token ids of a chat, ready for the assistant's answer.
     pub fn chat_prompt(
         &self,

@@ -7,22 +7,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 
 use super::blocks::{BLOCK_TOKENS, BlockPool};
-use super::draw::{Draw, draw_all};
+use super::draw::{Draw, Drawn, Logits, score_prompt};
 use super::handle::{Shared, Submission};
 use super::kv_cache::{BatchEntry, KvCache};
 use super::prefix_cache::{ContextKey, Root};
 use super::scheduler::{Arrival, Memory, Plan, Scheduler, SchedulerLimits, SequenceId};
 use super::sequence::{ActiveRequest, Sequence};
 use super::startup::EngineOptions;
-use super::{EngineError, Event, SampledToken};
+use super::{EngineError, Event};
 use crate::model::Decoder;
-use crate::ops::{on_host, with_f32};
-
-/// Rows of logits `[rows, vocab]` held at once while scoring a prompt.
-const PROMPT_LOGIT_ROWS: usize = 32;
+use crate::ops::on_host;
 
 pub(super) struct Core {
     decoder: Decoder,
@@ -318,9 +315,7 @@ impl Core {
             return Ok(());
         }
         let rows = hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)?;
-        let logits = on_host(&self.decoder.logits(&rows)?)?;
-        let vocab = logits.dim(D::Minus1)?;
-        let tokens = with_f32(&logits, |logits| Ok(draw_all(&mut draws, logits, vocab)))?;
+        let tokens = Logits::of(&self.decoder, &rows)?.draw(&mut draws)?;
         for ((id, draw), token) in draws.into_iter().zip(tokens) {
             self.advance(id, draw, token);
         }
@@ -328,12 +323,7 @@ impl Core {
     }
 
     /// Hands out the token drawn for a sequence and ends it if that was the last.
-    fn advance(
-        &mut self,
-        id: SequenceId,
-        draw: Draw,
-        token: Result<Option<SampledToken>, EngineError>,
-    ) {
+    fn advance(&mut self, id: SequenceId, draw: Draw, token: Drawn) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         let token = match token {
             Ok(token) => token,
@@ -378,27 +368,6 @@ impl Core {
         gauges.used_blocks.store(counts.used, Ordering::Relaxed);
         gauges.cached_blocks.store(counts.cached, Ordering::Relaxed);
     }
-}
-
-/// Log-probabilities of the prompt tokens that `hidden` `[rows, hidden]` predicts. The inner error is the
-/// request's own.
-fn score_prompt(
-    decoder: &Decoder,
-    sequence: &mut Sequence,
-    hidden: &Tensor,
-) -> candle_core::Result<Result<(), EngineError>> {
-    let rows = hidden.dim(0)?;
-    for start in (0..rows).step_by(PROMPT_LOGIT_ROWS) {
-        let len = PROMPT_LOGIT_ROWS.min(rows - start);
-        let logits = on_host(&decoder.logits(&hidden.narrow(0, start, len)?)?)?;
-        for (i, logits) in logits.to_vec2::<f32>()?.iter().enumerate() {
-            let predicted = sequence.computed + start + i + 1;
-            if let Err(error) = sequence.add_prompt_logprobs(predicted, logits) {
-                return Ok(Err(error));
-            }
-        }
-    }
-    Ok(Ok(()))
 }
 
 /// Whether the last token of a part of a prompt, and so all it attended to, came out finite.

@@ -29,7 +29,7 @@ pub(crate) use prefix_cache::{ContextKey, Root};
 pub use request::{
     Event, FinishReason, GenerateRequest, LogprobOptions, Priority, SampledToken, SamplingParams,
 };
-pub use sampler::Sampler;
+pub use sampler::{Adjustment, Sampler};
 pub use startup::{EngineOptions, start};
 
 /// Why the engine refused or gave up a request.

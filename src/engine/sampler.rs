@@ -1,24 +1,34 @@
 //! Chooses the next token of one sequence.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::SamplingParams;
+use crate::gpu::SampleRow;
 use crate::ops;
+
+/// What bias and penalties need to know of a token.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Adjustment {
+    pub bias: f32,
+    /// Occurrences among the generated tokens; counted only where a penalty needs them.
+    pub count: u32,
+    /// Whether the prompt has it; likewise.
+    pub in_prompt: bool,
+}
 
 /// Sampling state of one sequence: its random stream and what it has generated.
 ///
-/// The result depends on the sequence alone, never on what else is in the batch.
+/// The result depends on the sequence alone, never on what else is in the batch. Tokens are drawn either
+/// here, by [`Self::sample`], or on a GPU, from [`Self::row`]; both take the same numbers of the stream.
 #[derive(Debug)]
 pub struct Sampler {
     params: SamplingParams,
     rng: ChaCha8Rng,
-    /// Occurrences among the generated tokens.
-    generated: HashMap<u32, u32>,
-    /// Tokens of the prompt; kept only where the repetition penalty needs them.
-    prompt: HashSet<u32>,
+    /// Of the tokens that bias or penalties may reach.
+    adjustments: HashMap<u32, Adjustment>,
     /// The row being worked on, reused from step to step.
     logits: Vec<f32>,
 }
@@ -31,18 +41,23 @@ impl Sampler {
             None => ChaCha8Rng::from_seed(random_seed()),
         };
         rng.set_stream(choice as u64);
-        let prompt = match params.repetition_penalty {
-            1.0 => HashSet::new(),
-            _ => prompt.iter().copied().collect(),
-        };
-        Self { params: params.clone(), rng, generated: HashMap::new(), prompt, logits: Vec::new() }
+        let mut adjustments: HashMap<u32, Adjustment> = HashMap::new();
+        for (id, bias) in &params.logit_bias {
+            adjustments.entry(*id).or_default().bias += bias;
+        }
+        if params.repetition_penalty != 1.0 {
+            for id in prompt {
+                adjustments.entry(*id).or_default().in_prompt = true;
+            }
+        }
+        Self { params: params.clone(), rng, adjustments, logits: Vec::new() }
     }
 
     /// Draws a token from a row of logits; `forbidden` ids are never drawn. The row must be finite.
     pub fn sample(&mut self, logits: &[f32], forbidden: &[u32]) -> u32 {
         // Moved out while it is borrowed beside the rest.
         let mut row = std::mem::take(&mut self.logits);
-        let logits = match self.leaves_logits(forbidden) {
+        let logits = match self.adjustments.is_empty() && forbidden.is_empty() {
             true => logits,
             false => {
                 row.clear();
@@ -56,26 +71,43 @@ impl Sampler {
             temperature => self.draw(logits, temperature),
         };
         self.logits = row;
-        *self.generated.entry(token).or_default() += 1;
+        self.drew(token);
         token
     }
 
-    /// Whether there is nothing to adjust.
-    fn leaves_logits(&self, forbidden: &[u32]) -> bool {
-        let params = &self.params;
-        let penalties = (params.presence_penalty, params.frequency_penalty);
-        forbidden.is_empty()
-            && params.logit_bias.is_empty()
-            && params.repetition_penalty == 1.0
-            && penalties == (0.0, 0.0)
+    /// What a GPU draws the next token from. [`Self::drew`] must follow with that token.
+    pub fn row<'a>(&'a mut self, forbidden: &'a [u32]) -> SampleRow<'a> {
+        let uniform = match self.params.temperature {
+            0.0 => 0.0,
+            _ => self.uniform(),
+        };
+        SampleRow { params: &self.params, uniform, adjustments: &self.adjustments, forbidden }
     }
 
-    /// Bias, penalties and bans, in the order vLLM applies them.
+    /// Notes a token that was drawn.
+    pub fn drew(&mut self, token: u32) {
+        let params = &self.params;
+        let penalties =
+            (params.presence_penalty, params.frequency_penalty, params.repetition_penalty);
+        if penalties != (0.0, 0.0, 1.0) {
+            self.adjustments.entry(token).or_default().count += 1;
+        }
+    }
+
+    /// Bias and penalties in the order vLLM applies them, and bans.
     fn adjust(&self, logits: &mut [f32], forbidden: &[u32]) {
         let params = &self.params;
-        for (id, bias) in &params.logit_bias {
-            if let Some(logit) = logits.get_mut(*id as usize) {
-                *logit += bias;
+        for (id, Adjustment { bias, count, in_prompt }) in &self.adjustments {
+            let Some(logit) = logits.get_mut(*id as usize) else { continue };
+            *logit += bias;
+            if *in_prompt || *count > 0 {
+                *logit = match *logit > 0.0 {
+                    true => *logit / params.repetition_penalty,
+                    false => *logit * params.repetition_penalty,
+                };
+            }
+            if *count > 0 {
+                *logit -= params.frequency_penalty * *count as f32 + params.presence_penalty;
             }
         }
         for id in forbidden {
@@ -83,22 +115,11 @@ impl Sampler {
                 *logit = f32::NEG_INFINITY;
             }
         }
-        if params.repetition_penalty != 1.0 {
-            let seen = self.generated.keys().filter(|id| !self.prompt.contains(id));
-            for id in self.prompt.iter().chain(seen) {
-                if let Some(logit) = logits.get_mut(*id as usize) {
-                    *logit = match *logit > 0.0 {
-                        true => *logit / params.repetition_penalty,
-                        false => *logit * params.repetition_penalty,
-                    };
-                }
-            }
-        }
-        for (id, count) in &self.generated {
-            if let Some(logit) = logits.get_mut(*id as usize) {
-                *logit -= params.frequency_penalty * *count as f32 + params.presence_penalty;
-            }
-        }
+    }
+
+    /// The next number of the random stream, in [0, 1).
+    fn uniform(&mut self) -> f64 {
+        (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
     }
 
     fn draw(&mut self, logits: &[f32], temperature: f32) -> u32 {
@@ -121,8 +142,7 @@ impl Sampler {
         // Selection leaves no defined order; the draw below needs one.
         candidates.sort_unstable_by_key(|(id, _)| *id);
         let total: f64 = candidates.iter().map(|(_, w)| f64::from(*w)).sum();
-        let uniform = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-        let mut left = uniform * total;
+        let mut left = self.uniform() * total;
         for (id, weight) in &candidates {
             left -= f64::from(*weight);
             if left < 0.0 {

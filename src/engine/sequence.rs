@@ -1,15 +1,15 @@
 //! One completion in progress.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::blocks::{BLOCK_TOKENS, BlockTable};
-use super::draw::{Draw, check_finite};
+use super::draw::Draw;
 use super::handle::Reply;
-use super::logprobs::token_logprobs;
 use super::prefix_cache::BlockTokens;
 use super::sampler::Sampler;
 use super::scheduler::SequenceId;
-use super::{EngineError, Event, FinishReason, GenerateRequest, SampledToken};
+use super::{Event, FinishReason, GenerateRequest, SampledToken};
 
 /// A request whose choices are running or waiting.
 pub(super) struct ActiveRequest {
@@ -127,24 +127,20 @@ impl Sequence {
         (self.active.cartridge_tokens + index) as u32
     }
 
-    /// Takes the logits that predict the prompt token at `index`.
-    pub fn add_prompt_logprobs(&mut self, index: usize, logits: &[f32]) -> Result<(), EngineError> {
-        let options = self.active.request.logprobs;
+    /// Prompt tokens predicted by the next `count` tokens to compute that have no log-probability yet: after
+    /// a preemption the same come by again.
+    pub fn unscored(&self, count: usize) -> Range<usize> {
+        // Nothing predicts the first token.
+        let start = (self.computed + 1).max(self.prompt_logprobs.len());
+        start..(self.computed + 1 + count).min(self.prompt_len()).max(start)
+    }
+
+    /// Takes the log-probabilities of the first [`Self::unscored`] tokens.
+    pub fn add_prompt_logprobs(&mut self, scores: Vec<SampledToken>) {
         if self.prompt_logprobs.is_empty() {
-            self.prompt_logprobs.push(None); // nothing predicts the first token
+            self.prompt_logprobs.push(None); // the first token's
         }
-        // After a preemption the same positions come by again.
-        if index != self.prompt_logprobs.len() {
-            return Ok(());
-        }
-        let (Some(top), Some(&id)) = (options.prompt_top, self.active.request.prompt.get(index))
-        else {
-            return Ok(());
-        };
-        check_finite(logits)?;
-        let temperature = self.active.request.temperature_of_logprobs();
-        self.prompt_logprobs.push(Some(token_logprobs(logits, id, temperature, top)));
-        Ok(())
+        self.prompt_logprobs.extend(scores.into_iter().map(Some));
     }
 
     /// Announces, once, that the prompt is computed. Only the first choice speaks for the request.

@@ -31,6 +31,9 @@ pub struct EngineOptions {
     pub max_unread_events: usize,
     /// Sequences that must share a cartridge for attention to read it once for all of them.
     pub group_min_sequences: usize,
+    /// Prefill without cartridges and stored tokens by FlashAttention, on a GPU.
+    #[cfg(feature = "flash-attn")]
+    pub flash_attn: bool,
 }
 
 impl Default for EngineOptions {
@@ -44,6 +47,8 @@ impl Default for EngineOptions {
             prefix_cache: true,
             max_unread_events: limits::DEFAULT_MAX_UNREAD_EVENTS,
             group_min_sequences: 2,
+            #[cfg(feature = "flash-attn")]
+            flash_attn: false,
         }
     }
 }
@@ -99,8 +104,11 @@ pub(super) fn start_with(
         max_running: options.max_running_sequences,
         prefill_tokens: options.prefill_tokens_per_step,
     };
-    let cache = KvCache::new(shape, blocks, decoder.device(), decoder.dtype())
+    #[cfg_attr(not(feature = "flash-attn"), expect(unused_mut))]
+    let mut cache = KvCache::new(shape, blocks, decoder.device(), decoder.dtype())
         .map_err(|e| EngineError::Internal(format!("no memory for the KV cache: {e}")))?;
+    #[cfg(feature = "flash-attn")]
+    cache.set_flash_attn(options.flash_attn);
     let thread = {
         let (shared, options) = (Arc::clone(&shared), options.clone());
         std::thread::Builder::new().name("engine".to_owned()).spawn(move || {

@@ -8,7 +8,10 @@ use candle_core::cuda::cudarc::cublas::result::gemm_ex;
 use candle_core::cuda::cudarc::cublas::sys::{
     cublasComputeType_t, cublasGemmAlgo_t, cublasOperation_t, cudaDataType,
 };
+use candle_core::cuda::cudarc::driver::result::device::get_default_mem_pool;
+use candle_core::cuda::cudarc::driver::result::mem_pool;
 use candle_core::cuda::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MAX_SHARED;
+use candle_core::cuda::cudarc::driver::sys::CUmemPool_attribute_enum as CUmemPool_attribute;
 use candle_core::cuda::cudarc::driver::{
     CudaFunction, CudaModule, DevicePtr, LaunchConfig, PushKernelArg,
 };
@@ -57,7 +60,21 @@ pub fn device(index: usize) -> Result<Device> {
     // SAFETY: nothing is allocated yet, and the one stream orders all that will be.
     unsafe { cuda.disable_event_tracking() };
     CudaKernels::of(cuda)?;
+    keep_freed_memory(cuda)?;
     Ok(device)
+}
+
+/// Keeps freed memory for the next allocation: by default it goes back to the system whenever the host waits
+/// for the device, which is once a step, and has to be mapped anew in the next.
+fn keep_freed_memory(device: &CudaDevice) -> Result<()> {
+    let stream = device.cuda_stream();
+    let mut most = u64::MAX;
+    // SAFETY: the device is that of the context, and the attribute a u64.
+    unsafe {
+        let pool = get_default_mem_pool(stream.context().cu_device()).w()?;
+        let threshold = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        mem_pool::set_attribute(pool, threshold, (&raw mut most).cast()).w()
+    }
 }
 
 impl CudaKernels {

@@ -48,10 +48,15 @@ pub(crate) fn machine_of(tensor: &Tensor) -> Result<Option<Machine>> {
 /// Where a contiguous tensor lies in the memory of its machine. It must stay alive until what uses the
 /// address is launched; a GPU's memory is freed in the order of its stream.
 pub fn address(tensor: &Tensor) -> Result<u64> {
+    if !tensor.is_contiguous() {
+        candle_core::bail!("a kernel needs a contiguous tensor, got {:?}", tensor.layout());
+    }
+    first_address(tensor)
+}
+
+/// Where the first element of a tensor lies, whatever its strides.
+pub(crate) fn first_address(tensor: &Tensor) -> Result<u64> {
     let (storage, layout) = tensor.storage_and_layout();
-    let Some((start, _)) = layout.contiguous_offsets() else {
-        candle_core::bail!("a kernel needs a contiguous tensor, got {layout:?}");
-    };
     let base = match &*storage {
         Storage::Cpu(storage) => match storage {
             CpuStorage::BF16(values) => values.as_ptr() as u64,
@@ -66,5 +71,5 @@ pub fn address(tensor: &Tensor) -> Result<u64> {
         Storage::Cuda(storage) => super::cuda::base(storage)?,
         _ => candle_core::bail!("a kernel takes no tensor on {:?}", tensor.device()),
     };
-    Ok(base + (start * tensor.dtype().size_in_bytes()) as u64)
+    Ok(base + (layout.start_offset() * tensor.dtype().size_in_bytes()) as u64)
 }

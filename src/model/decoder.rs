@@ -1,18 +1,17 @@
 //! The decoder: token ids in, hidden states out, attention delegated.
 
+use std::sync::{Arc, OnceLock};
+
 use candle_core::{Result, Tensor};
 use sha2::{Digest, Sha256};
 
-use super::ModelConfig;
-use super::layer::{Angles, AttendBackward, Chosen, Layer, Trace};
+use super::layer::{AttendBackward, Chosen, Layer, Trace};
+use super::{Angles, Attend, ModelConfig};
+use crate::gpu::is_gpu;
 use crate::ops::{Linear, Matrix, RopeTable, rms_norm, rms_norm_backward, visit_bytes};
 
-/// What the decoder's queries attend to.
-pub trait Attend {
-    /// Attention output `[tokens, heads, head_dim]` for `layer`, given this pass's queries
-    /// `[tokens, heads, head_dim]` and keys and values `[tokens, kv_heads, head_dim]`, all after RoPE.
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor>;
-}
+/// Positions whose rotary angles a GPU keeps: 64 MiB with heads of 128.
+const KNOWN_ANGLES: usize = 1 << 17;
 
 /// A Llama-style decoder with frozen weights. Cheap to clone: the weights are shared.
 #[derive(Debug, Clone)]
@@ -24,6 +23,8 @@ pub struct Decoder {
     pub(super) final_norm: Tensor,
     pub(super) head: Linear,
     pub(super) rope: RopeTable,
+    /// On a GPU: of all positions, made with the first pass.
+    pub(super) all_angles: Arc<OnceLock<Angles>>,
 }
 
 impl Decoder {
@@ -69,8 +70,24 @@ impl Decoder {
 
     /// Rotary angles of `positions`, for [`Self::layer`].
     pub(crate) fn angles(&self, positions: &[u32]) -> Result<Angles> {
-        let (cos, sin) = self.rope.angles(positions, self.device())?;
-        Ok(Angles { cos, sin })
+        let (device, known) = (self.device(), self.config.max_positions.min(KNOWN_ANGLES) as u32);
+        let computed = |positions: &[u32]| {
+            let (cos, sin) = self.rope.angles(positions, device)?;
+            Ok::<_, candle_core::Error>(Angles { cos, sin })
+        };
+        if !is_gpu(device, self.dtype()) || positions.iter().any(|at| *at >= known) {
+            return computed(positions);
+        }
+        // One thread of the host takes longer over the angles of a large batch than a GPU over a layer.
+        let all = match self.all_angles.get() {
+            Some(all) => all,
+            None => {
+                let all = computed(&(0..known).collect::<Vec<_>>())?;
+                self.all_angles.get_or_init(|| all)
+            }
+        };
+        let at = Tensor::new(positions, device)?;
+        Ok(Angles { cos: all.cos.index_select(&at, 0)?, sin: all.sin.index_select(&at, 0)? })
     }
 
     /// One layer: hidden states `[tokens, hidden]` in and out, of the chosen tokens or of all.
@@ -93,9 +110,9 @@ impl Decoder {
         trace: Trace,
         angles: &Angles,
         chosen: Option<&Chosen>,
-        grad: Vec<f32>,
+        grad: Tensor,
         attend: AttendBackward<'_>,
-    ) -> Result<Option<Vec<f32>>> {
+    ) -> Result<Option<Tensor>> {
         self.layers[index].backward(&self.config, trace, angles, chosen, grad, attend)
     }
 
@@ -105,11 +122,8 @@ impl Decoder {
     }
 
     /// The way back through [`Self::normed`].
-    pub(crate) fn normed_backward(&self, hidden: &Tensor, grad: &[f32]) -> Result<Vec<f32>> {
-        let mut to = vec![0f32; grad.len()];
-        let eps = self.config.rms_norm_eps;
-        rms_norm_backward(hidden, &self.final_norm, eps, grad, &mut to)?;
-        Ok(to)
+    pub(crate) fn normed_backward(&self, hidden: &Tensor, grad: &Tensor) -> Result<Tensor> {
+        rms_norm_backward(hidden, &self.final_norm, self.config.rms_norm_eps, grad, None)
     }
 
     /// From normed hidden states to logits.

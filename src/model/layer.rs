@@ -2,9 +2,9 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Attend, ModelConfig};
+use super::{Angles, Attend, ModelConfig, Unrotated};
 use crate::ops::{
-    Linear, add_in_place, apply_rope, rms_norm, rms_norm_backward, rope_backward, swiglu,
+    Linear, Rows, add_in_place, add_rms_norm, rms_norm, rms_norm_backward, rope_backward, swiglu,
     swiglu_backward,
 };
 
@@ -23,19 +23,10 @@ pub(super) struct Layer {
     pub(super) down: Linear,
 }
 
-/// Rotary angles of a pass: cosines and sines, each `[tokens, head_dim / 2]`.
-#[derive(Debug, Clone)]
-pub(crate) struct Angles {
-    pub cos: Tensor,
-    pub sin: Tensor,
-}
-
 /// The only tokens whose output is wanted of a layer; all others are keys and values to them.
 #[derive(Debug, Clone)]
 pub(crate) struct Chosen {
-    /// Which tokens, ascending.
-    pub rows: Vec<u32>,
-    pub index: Tensor,
+    pub rows: Rows,
     /// Of these tokens.
     pub angles: Angles,
 }
@@ -62,7 +53,7 @@ pub(crate) struct Trace {
 /// Takes the gradient of what the attention gave to those of its queries, keys and values; none if nothing
 /// before them is learned.
 pub(crate) type AttendBackward<'a> =
-    &'a mut dyn FnMut(&Trace, &[f32]) -> Result<Option<[Vec<f32>; 3]>>;
+    &'a mut dyn FnMut(&Trace, &Tensor) -> Result<Option<[Tensor; 3]>>;
 
 impl Layer {
     /// Hidden states `[tokens, hidden]`, of the chosen tokens or of all, and how they came about.
@@ -77,26 +68,30 @@ impl Layer {
     ) -> Result<(Tensor, Trace)> {
         let eps = config.rms_norm_eps;
         let heads = |x: Tensor, heads| x.reshape(((), heads, config.head_dim));
-        let pick = |x: &Tensor| chosen.map_or(Ok(x.clone()), |c| x.index_select(&c.index, 0));
+        let pick = |x: &Tensor| chosen.map_or(Ok(x.clone()), |chosen| chosen.rows.pick(x));
         let x = rms_norm(hidden, &self.input_norm, eps)?;
         let k = heads(self.k.forward(&x)?, config.kv_heads)?;
         let v = heads(self.v.forward(&x)?, config.kv_heads)?;
         let q = heads(self.q.forward(&pick(&x)?)?, config.heads)?;
         drop(x);
-        let (q, k, unnormed) = match (&self.q_norm, &self.k_norm) {
-            (None, None) => (q, k, None),
-            (q_norm, k_norm) => {
-                let unnormed = Some((q.clone(), k.clone()));
-                (normed(q, q_norm.as_ref(), eps)?, normed(k, k_norm.as_ref(), eps)?, unnormed)
-            }
+        let unrotated = Unrotated {
+            q: &q,
+            k: &k,
+            v: &v,
+            q_norm: self.q_norm.as_ref(),
+            k_norm: self.k_norm.as_ref(),
+            eps,
+            q_angles: chosen.map_or(angles, |chosen| &chosen.angles),
+            k_angles: angles,
         };
-        let q_angles = chosen.map_or(angles, |chosen| &chosen.angles);
-        let q = apply_rope(&q, &q_angles.cos, &q_angles.sin)?;
-        let k = apply_rope(&k, &angles.cos, &angles.sin)?;
+        let rotated = attend.rotate(index, &unrotated)?;
+        let is_normed = self.q_norm.is_some() || self.k_norm.is_some();
+        let unnormed = is_normed.then_some((q, k));
+        let (q, k) = rotated;
         let attention = attend.attend(index, &q, &k, &v)?;
         let flat = attention.reshape(((), config.heads * config.head_dim))?;
-        let middle = add_in_place(self.o.forward(&flat)?, &pick(hidden)?)?;
-        let x = rms_norm(&middle, &self.post_norm, eps)?;
+        let (middle, x) =
+            add_rms_norm(self.o.forward(&flat)?, &pick(hidden)?, &self.post_norm, eps)?;
         let (gate, up) = (self.gate.forward(&x)?, self.up.forward(&x)?);
         drop(x);
         let output = add_in_place(self.down.forward(&swiglu(&gate, &up)?)?, &middle)?;
@@ -104,82 +99,64 @@ impl Layer {
         Ok((output, Trace { hidden, unnormed, q, k, v, attention, middle, gate, up }))
     }
 
-    /// From the gradient of the output to that of the input, `[tokens, hidden]`; `None` if `attend` says that
-    /// nothing before it is learned.
+    /// From the gradient of the output, whose memory it takes, to that of the input, `[tokens, hidden]`; `None`
+    /// if `attend` says that nothing before it is learned.
     pub fn backward(
         &self,
         config: &ModelConfig,
         mut trace: Trace,
         angles: &Angles,
         chosen: Option<&Chosen>,
-        mut grad: Vec<f32>,
+        grad: Tensor,
         attend: AttendBackward<'_>,
-    ) -> Result<Option<Vec<f32>>> {
+    ) -> Result<Option<Tensor>> {
         let eps = config.rms_norm_eps;
         let (gate, up) = swiglu_backward(&trace.gate, &trace.up, self.down.backward(&grad)?)?;
-        let mut x = self.gate.backward(&gate)?;
-        self.up.backward_add(&up, &mut x)?;
+        let x = self.gate.backward(&gate)?;
+        let x = self.up.backward_add(&up, x)?;
         drop((gate, up));
-        rms_norm_backward(&trace.middle, &self.post_norm, eps, &x, &mut grad)?;
-        let attention = self.o.backward(&grad)?;
-        let Some([mut q, mut k, v]) = attend(&trace, &attention)? else {
+        let grad = rms_norm_backward(&trace.middle, &self.post_norm, eps, &x, Some(grad))?;
+        let attention = self.o.backward(&grad)?.reshape(trace.attention.shape())?;
+        let Some([q, k, v]) = attend(&trace, &attention)? else {
             return Ok(None);
         };
         drop(attention);
         let q_angles = chosen.map_or(angles, |chosen| &chosen.angles);
-        rope_backward(&mut q, &q_angles.cos, &q_angles.sin, config.heads)?;
-        rope_backward(&mut k, &angles.cos, &angles.sin, config.kv_heads)?;
+        let mut q = rope_backward(q, &q_angles.cos, &q_angles.sin)?;
+        let mut k = rope_backward(k, &angles.cos, &angles.sin)?;
         if let Some((q_before, k_before)) = trace.unnormed.take() {
             q = normed_backward(&q_before, self.q_norm.as_ref(), eps, q)?;
             k = normed_backward(&k_before, self.k_norm.as_ref(), eps, k)?;
         }
-        let mut x = self.k.backward(&k)?;
-        self.v.backward_add(&v, &mut x)?;
-        match chosen {
-            None => self.q.backward_add(&q, &mut x)?,
+        let [q, k, v] = [q.flatten_from(1)?, k.flatten_from(1)?, v.flatten_from(1)?];
+        let x = self.v.backward_add(&v, self.k.backward(&k)?)?;
+        let (x, grad) = match chosen {
+            None => (self.q.backward_add(&q, x)?, grad),
             Some(chosen) => {
-                add_rows(&self.q.backward(&q)?, &chosen.rows, config.hidden_size, &mut x);
-                let mut all = vec![0f32; x.len()];
-                add_rows(&grad, &chosen.rows, config.hidden_size, &mut all);
-                grad = all;
+                (chosen.rows.add(&self.q.backward(&q)?, x)?, chosen.rows.spread(&grad)?)
             }
-        }
-        rms_norm_backward(&trace.hidden, &self.input_norm, eps, &x, &mut grad)?;
-        Ok(Some(grad))
+        };
+        rms_norm_backward(&trace.hidden, &self.input_norm, eps, &x, Some(grad)).map(Some)
     }
-}
-
-/// Adds row `i` of `from` to row `rows[i]` of `to`.
-fn add_rows(from: &[f32], rows: &[u32], width: usize, to: &mut [f32]) {
-    for (row, from) in rows.iter().zip(from.chunks_exact(width)) {
-        let to = &mut to[*row as usize * width..][..width];
-        to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
-    }
-}
-
-/// Qwen3 normalises queries and keys per head before RoPE.
-fn normed(x: Tensor, weight: Option<&Tensor>, eps: f64) -> Result<Tensor> {
-    weight.map_or(Ok(x.clone()), |weight| rms_norm(&x, weight, eps))
 }
 
 fn normed_backward(
     before: &Tensor,
     weight: Option<&Tensor>,
     eps: f64,
-    grad: Vec<f32>,
-) -> Result<Vec<f32>> {
-    let Some(weight) = weight else { return Ok(grad) };
-    let mut to = vec![0f32; grad.len()];
-    rms_norm_backward(before, weight, eps, &grad, &mut to)?;
-    Ok(to)
+    grad: Tensor,
+) -> Result<Tensor> {
+    match weight {
+        Some(weight) => rms_norm_backward(before, weight, eps, &grad, None),
+        None => Ok(grad),
+    }
 }
 
 impl Chosen {
     /// Of a pass with `angles`: `rows` must ascend.
     pub fn new(rows: Vec<u32>, angles: &Angles) -> Result<Self> {
-        let index = Tensor::new(rows.as_slice(), angles.cos.device())?;
-        let select = |tensor: &Tensor| tensor.index_select(&index, 0);
-        let angles = Angles { cos: select(&angles.cos)?, sin: select(&angles.sin)? };
-        Ok(Self { rows, index, angles })
+        let rows = Rows::new(rows, angles.cos.dim(0)?, angles.cos.device())?;
+        let angles = Angles { cos: rows.pick(&angles.cos)?, sin: rows.pick(&angles.sin)? };
+        Ok(Self { rows, angles })
     }
 }

@@ -3,6 +3,7 @@
 //! It runs on packed, unpadded tokens and asks an [`Attend`] what to attend to; that seam is the only
 //! difference between serving and training. It knows no HTTP, no request, no training.
 
+mod attend;
 mod config;
 mod decoder;
 mod error;
@@ -15,10 +16,11 @@ mod random;
 mod source;
 mod weights;
 
+pub use attend::{Angles, Attend, Unrotated};
 pub use config::{Architecture, Biases, ModelConfig};
-pub use decoder::{Attend, Decoder};
+pub use decoder::Decoder;
 pub use error::ModelError;
-pub(crate) use layer::{Angles, Chosen, Trace};
+pub(crate) use layer::{Chosen, Trace};
 pub use load::{LoadOptions, LoadedModel, Quantize, load, load_decoder};
 pub use prefill::prefill;
 pub(crate) use random::noise;

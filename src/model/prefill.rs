@@ -4,14 +4,17 @@ use candle_core::{Result, Tensor};
 
 use super::{Attend, Decoder};
 use crate::cartridge::LayerKv;
-use crate::ops::attention::{Heads, KEY_LANES, KvRun, SequenceQueries, segment_attention};
+use crate::gpu::is_gpu;
+use crate::ops::attention::{
+    Heads, KEY_LANES, KvRun, PackedAttention, PackedKv, SequenceQueries, segment_attention,
+};
 use crate::ops::{f32_slice, with_f32};
 
 /// Tokens computed at once: activations are held for so many, not for the whole document. A multiple of the
 /// lanes of attention.
 const CHUNK: usize = 32 * KEY_LANES;
 
-/// Per-layer keys (after RoPE) and values of `tokens` at positions 0, 1, …
+/// Per-layer keys (after RoPE) and values of `tokens` at positions 0, 1, …, in the decoder's type on its device.
 ///
 /// A prompt that continues after such a cartridge sees exactly what it would see after the tokens.
 pub fn prefill(decoder: &Decoder, tokens: &[u32]) -> Result<Vec<LayerKv>> {
@@ -19,14 +22,32 @@ pub fn prefill(decoder: &Decoder, tokens: &[u32]) -> Result<Vec<LayerKv>> {
 }
 
 fn prefill_chunked(decoder: &Decoder, tokens: &[u32], chunk: usize) -> Result<Vec<LayerKv>> {
+    match is_gpu(decoder.device(), decoder.dtype()) {
+        true => prefill_on_gpu(decoder, tokens, chunk),
+        false => prefill_on_cpu(decoder, tokens, chunk),
+    }
+}
+
+/// Calls `forward` with each chunk and the number of tokens before it.
+fn chunks(
+    tokens: &[u32],
+    chunk: usize,
+    mut forward: impl FnMut(&[u32], usize) -> Result<()>,
+) -> Result<()> {
+    let starts = (0..).step_by(chunk);
+    tokens.chunks(chunk).zip(starts).try_for_each(|(tokens, start)| forward(tokens, start))
+}
+
+fn positions(tokens: &[u32], start: usize) -> Vec<u32> {
+    (start as u32..).take(tokens.len()).collect()
+}
+
+fn prefill_on_cpu(decoder: &Decoder, tokens: &[u32], chunk: usize) -> Result<Vec<LayerKv>> {
     let layers = decoder.config().layers;
     let mut recording = Recording { layers: (0..layers).map(|_| Vec::new()).collect() };
-    let mut start = 0;
-    for tokens in tokens.chunks(chunk) {
-        let positions: Vec<u32> = (start..).take(tokens.len()).collect();
-        decoder.forward(tokens, &positions, &mut recording)?;
-        start += tokens.len() as u32;
-    }
+    chunks(tokens, chunk, |tokens, start| {
+        decoder.forward(tokens, &positions(tokens, start), &mut recording).map(|_| ())
+    })?;
     recording.layers.into_iter().map(joined).collect()
 }
 
@@ -75,6 +96,50 @@ impl Attend for Recording {
         let scale = 1.0 / (head_dim as f32).sqrt();
         let out = with_f32(q, |q| Ok(segment_attention(q, heads, scale, &[sequence], 1)))?;
         Tensor::from_vec(out, q.shape(), q.device())
+    }
+}
+
+fn prefill_on_gpu(decoder: &Decoder, tokens: &[u32], chunk: usize) -> Result<Vec<LayerKv>> {
+    let (config, device) = (decoder.config(), decoder.device());
+    let heads = Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
+    let shape = (config.kv_heads, tokens.len(), config.head_dim);
+    let zeros = || Tensor::zeros(shape, decoder.dtype(), device);
+    let mut layers = Vec::with_capacity(config.layers);
+    for _ in 0..config.layers {
+        layers.push(LayerKv { keys: zeros()?, values: zeros()?, bias: None });
+    }
+    let scale = 1.0 / (config.head_dim as f32).sqrt();
+    chunks(tokens, chunk, |tokens, start| {
+        let len = tokens.len() as u32;
+        let all: Vec<u32> = (0..len).collect();
+        let attention = PackedAttention::new(&[0, len], &all, heads, scale, device)?;
+        let mut stored = Stored { layers: &layers, start, attention };
+        decoder.forward(tokens, &positions(tokens, start), &mut stored).map(|_| ())
+    })?;
+    Ok(layers)
+}
+
+/// The same on a GPU: what is stored already is the prefix of a chunk.
+struct Stored<'a> {
+    /// With room for all tokens.
+    layers: &'a [LayerKv],
+    /// Tokens stored.
+    start: usize,
+    /// Of the chunk.
+    attention: PackedAttention,
+}
+
+impl Attend for Stored<'_> {
+    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let LayerKv { keys, values, .. } = &self.layers[layer];
+        let (stored_keys, stored_values) =
+            (keys.narrow(1, 0, self.start)?, values.narrow(1, 0, self.start)?);
+        let prefix = (self.start > 0).then_some((&stored_keys, &stored_values));
+        let (out, _) = self.attention.forward(q, PackedKv { k, v, prefix })?;
+        for (to, from) in [(keys, k), (values, v)] {
+            to.slice_set(&from.transpose(0, 1)?.contiguous()?, 1, self.start)?;
+        }
+        Ok(out)
     }
 }
 

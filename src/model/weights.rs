@@ -1,6 +1,7 @@
 //! Where the decoder's weights come from, and how it is put together from them.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
@@ -122,6 +123,7 @@ pub(super) fn build(config: ModelConfig, reader: &dyn WeightReader) -> Result<De
         final_norm: vector("model.norm.weight", c.hidden_size)?,
         head: Linear::new(head, None),
         rope,
+        all_angles: Arc::default(),
         config,
     })
 }

@@ -29,16 +29,13 @@ impl Linear {
 
     /// Takes a gradient `[tokens, out]` of the outputs to one of the inputs, `[tokens, in]`; through
     /// quantised weights too.
-    pub fn backward(&self, grad: &[f32]) -> Result<Vec<f32>> {
-        let (out, input) = self.weight.dims()?;
-        let mut to = vec![0f32; grad.len() / out.max(1) * input];
-        self.weight.transposed_product(grad, &mut to, false)?;
-        Ok(to)
+    pub fn backward(&self, grad: &Tensor) -> Result<Tensor> {
+        self.weight.transposed_product(grad, None)
     }
 
-    /// [`Self::backward`], added to the gradient from elsewhere.
-    pub fn backward_add(&self, grad: &[f32], to: &mut [f32]) -> Result<()> {
-        self.weight.transposed_product(grad, to, true)
+    /// [`Self::backward`], added to the gradient from elsewhere, whose memory it takes.
+    pub fn backward_add(&self, grad: &Tensor, to: Tensor) -> Result<Tensor> {
+        self.weight.transposed_product(grad, Some(to))
     }
 
     /// Outputs per token.

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::simd::{Lanes, dispatch};
-use super::{Numbers, contiguous_f32};
+use super::{Numbers, add_in_place, change_f32, contiguous_f32};
 use crate::gpu::{self, machine_of};
 
 /// Rows per parallel task: below this the work is cheaper than handing it over.
@@ -16,6 +16,23 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     match machine_of(&x)? {
         Some(gpu) => gpu::ops::rms_norm(&*gpu, &x, weight, eps),
         None => x.apply_op2(weight, RmsNorm { eps }),
+    }
+}
+
+/// `x + residual`, written to the place of `x`, which nobody else may hold; and [`rms_norm`] of that.
+pub fn add_rms_norm(
+    x: Tensor,
+    residual: &Tensor,
+    weight: &Tensor,
+    eps: f64,
+) -> Result<(Tensor, Tensor)> {
+    match machine_of(&x)? {
+        Some(gpu) => gpu::ops::add_rms_norm(&*gpu, x, &residual.contiguous()?, weight, eps),
+        None => {
+            let sum = add_in_place(x, residual)?;
+            let normed = rms_norm(&sum, weight, eps)?;
+            Ok((sum, normed))
+        }
     }
 }
 
@@ -56,29 +73,35 @@ impl CustomOp2 for RmsNorm {
     }
 }
 
-/// Adds the gradient of [`rms_norm`]'s `x` to `to`, given `grad` with respect to its result; all of them
-/// `[rows, width]`.
+/// The gradient of [`rms_norm`]'s `x`, given `grad` with respect to its result, all of one shape; added to
+/// `to`, if it is given, in whose place the sum is written.
 pub fn rms_norm_backward(
     x: &Tensor,
     weight: &Tensor,
     eps: f64,
-    grad: &[f32],
-    to: &mut [f32],
-) -> Result<()> {
-    let (x, weight) = (Numbers::of(x)?, Numbers::of(weight)?);
-    if weight.is_empty() || grad.len() != x.len() || to.len() != x.len() {
-        candle_core::bail!(
-            "rms_norm: gradients of {} and {} for {}",
-            grad.len(),
-            to.len(),
-            x.len()
-        );
+    grad: &Tensor,
+    to: Option<Tensor>,
+) -> Result<Tensor> {
+    if grad.dims() != x.dims() || to.as_ref().is_some_and(|to| to.dims() != x.dims()) {
+        let (x, grad, to) = (x.dims(), grad.dims(), to.map(|to| to.dims().to_vec()));
+        candle_core::bail!("rms_norm: gradients of {grad:?} and {to:?} for {x:?}");
     }
-    let (x, weight, rows) = (&*x, &*weight, ROWS * weight.len());
-    to.par_chunks_mut(rows)
-        .zip(x.par_chunks(rows).zip(grad.par_chunks(rows)))
-        .for_each(|(to, (x, grad))| add_slopes(to, x, weight, eps as f32, grad));
-    Ok(())
+    if let Some(gpu) = machine_of(x)? {
+        return gpu::backward::rms_norm(&*gpu, x, weight, eps, grad, to);
+    }
+    let to = to.map_or_else(|| Tensor::zeros(x.shape(), x.dtype(), x.device()), Ok)?;
+    let (x, weight, grad) = (Numbers::of(x)?, Numbers::of(weight)?, Numbers::of(grad)?);
+    if weight.is_empty() {
+        candle_core::bail!("rms_norm: no weight");
+    }
+    let (x, weight, grad, rows) = (&*x, &*weight, &*grad, ROWS * weight.len());
+    change_f32(&to, |to| {
+        to.par_chunks_mut(rows)
+            .zip(x.par_chunks(rows).zip(grad.par_chunks(rows)))
+            .for_each(|(to, (x, grad))| add_slopes(to, x, weight, eps as f32, grad));
+        Ok(())
+    })?;
+    Ok(to)
 }
 
 fn add_slopes(to: &mut [f32], x: &[f32], weight: &[f32], eps: f32, grad: &[f32]) {
@@ -142,10 +165,11 @@ mod tests {
             let theirs = naive(&x, &w, 1e-6)?;
             crate::ops::tests::assert_close(&rms_norm(&x, &w, 1e-6)?, &theirs, 1e-5);
             let theirs = (theirs * &up)?.sum_all()?.backward()?;
-            let mut ours = vec![1f32; up.elem_count()];
-            rms_norm_backward(&x, &w, 1e-6, &Numbers::of(&up)?, &mut ours)?;
-            let ours = (Tensor::from_vec(ours, up.shape(), &dev)? - 1.0)?;
-            crate::ops::tests::assert_close(&ours, theirs.get(&x).unwrap(), 1e-5);
+            let theirs = theirs.get(&x).unwrap();
+            let ours = rms_norm_backward(&x, &w, 1e-6, &up, None)?;
+            crate::ops::tests::assert_close(&ours, theirs, 1e-5);
+            let ours = rms_norm_backward(&x, &w, 1e-6, &up, Some(up.ones_like()?))?;
+            crate::ops::tests::assert_close(&ours, &(theirs + 1.0)?, 1e-5);
         }
         Ok(())
     }

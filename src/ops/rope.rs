@@ -5,7 +5,7 @@ use std::f64::consts::TAU;
 use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{Numbers, contiguous_f32};
+use super::{Numbers, change_f32, contiguous_f32};
 use crate::gpu::{self, machine_of};
 
 /// How a model stretches its rotary frequencies.
@@ -146,22 +146,23 @@ impl CustomOp3 for Rope {
     }
 }
 
-/// Takes a gradient `[tokens, heads, head_dim]` of [`apply_rope`]'s result to one of its `x`, in place: the
-/// rotation by the opposite angle.
-pub fn rope_backward(grad: &mut [f32], cos: &Tensor, sin: &Tensor, heads: usize) -> Result<()> {
-    let (tokens, half) = cos.dims2()?;
+/// Takes a gradient `[tokens, heads, head_dim]` of [`apply_rope`]'s result to one of its `x`: the rotation by
+/// the opposite angle. It takes the memory of `grad`, which nobody else may hold.
+pub fn rope_backward(grad: Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    let (tokens, heads, head_dim) = grad.dims3()?;
+    let half = head_dim / 2;
+    let fit = |angles: &Tensor| angles.dims() == [tokens, half];
+    if !fit(cos) || !fit(sin) || !head_dim.is_multiple_of(2) {
+        candle_core::bail!("rope: angles {:?} for a gradient {:?}", cos.dims(), grad.dims());
+    }
+    if let Some(gpu) = machine_of(&grad)? {
+        return gpu::backward::rope(&*gpu, grad, cos, sin);
+    }
     let (cos, sin) = (Numbers::of(cos)?, Numbers::of(sin)?);
-    if grad.len() != tokens * heads * 2 * half || sin.len() != cos.len() {
-        candle_core::bail!("rope: a gradient of {} for {tokens} tokens", grad.len());
-    }
-    if grad.is_empty() {
-        return Ok(());
-    }
     let (cos, sin) = (&*cos, &*sin);
-    let rows = grad.par_chunks_exact_mut(heads * 2 * half).with_min_len(16);
-    rows.enumerate().for_each(|(t, row)| {
+    let turn_back = |(t, row): (usize, &mut [f32])| {
         let (cos, sin) = (&cos[t * half..][..half], &sin[t * half..][..half]);
-        for head in row.chunks_exact_mut(2 * half) {
+        for head in row.chunks_exact_mut(head_dim) {
             let (first, second) = head.split_at_mut(half);
             for i in 0..half {
                 let (a, b) = (first[i], second[i]);
@@ -169,8 +170,13 @@ pub fn rope_backward(grad: &mut [f32], cos: &Tensor, sin: &Tensor, heads: usize)
                 second[i] = b * cos[i] - a * sin[i];
             }
         }
-    });
-    Ok(())
+    };
+    change_f32(&grad, |grad| {
+        let rows = grad.par_chunks_exact_mut((heads * head_dim).max(1)).with_min_len(16);
+        rows.enumerate().for_each(turn_back);
+        Ok(())
+    })?;
+    Ok(grad)
 }
 
 #[cfg(test)]
@@ -196,9 +202,7 @@ mod tests {
         let up = Tensor::randn(0f32, 1f32, (6, 4, 16), &dev)?;
         crate::ops::tests::assert_close(&ours, &theirs, 1e-5);
         let theirs = (theirs * &up)?.sum_all()?.backward()?;
-        let mut grad = up.flatten_all()?.to_vec1()?;
-        rope_backward(&mut grad, &cos, &sin, 4)?;
-        let grad = Tensor::from_vec(grad, up.shape(), &dev)?;
+        let grad = rope_backward(up, &cos, &sin)?;
         crate::ops::tests::assert_close(&grad, theirs.get(&x).unwrap(), 1e-5);
         Ok(())
     }

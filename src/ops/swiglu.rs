@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::simd::{Lanes, dispatch};
-use super::{Numbers, contiguous_f32};
+use super::{Numbers, change_f32, contiguous_f32};
 use crate::gpu::{self, machine_of};
 
 /// Elements per parallel task: below this the work is cheaper than handing it over.
@@ -70,23 +70,27 @@ fn activated<L: Lanes>(gate: L, up: L) -> L {
     gate.div(L::splat(1.0).add(L::splat(0.0).sub(gate).exp())).mul(up)
 }
 
-/// Gradients of [`swiglu`]'s `gate` and `up`, given that of its result; all laid out alike.
-pub fn swiglu_backward(
-    gate: &Tensor,
-    up: &Tensor,
-    mut grad: Vec<f32>,
-) -> Result<(Vec<f32>, Vec<f32>)> {
-    let (gate, up) = (Numbers::of(gate)?, Numbers::of(up)?);
-    if gate.len() != grad.len() || up.len() != grad.len() {
-        candle_core::bail!("swiglu: a gradient of {} for {}", grad.len(), gate.len());
+/// Gradients of [`swiglu`]'s `gate` and `up`, given that of its result, all of one shape. That of `up` takes
+/// the memory of `grad`, which nobody else may hold.
+pub fn swiglu_backward(gate: &Tensor, up: &Tensor, grad: Tensor) -> Result<(Tensor, Tensor)> {
+    if gate.dims() != grad.dims() || up.dims() != grad.dims() {
+        candle_core::bail!("swiglu: a gradient of {:?} for {:?}", grad.dims(), gate.dims());
     }
-    let mut d_gate = vec![0f32; grad.len()];
-    d_gate
-        .par_chunks_mut(GRAIN)
-        .zip(grad.par_chunks_mut(GRAIN))
-        .zip(gate.par_chunks(GRAIN).zip(up.par_chunks(GRAIN)))
-        .for_each(|((d_gate, grad), (gate, up))| slope(d_gate, grad, gate, up));
-    Ok((d_gate, grad))
+    if let Some(gpu) = machine_of(gate)? {
+        return gpu::backward::swiglu(&*gpu, gate, up, &grad);
+    }
+    let (gate, up) = (Numbers::of(gate)?, Numbers::of(up)?);
+    let (gate, up) = (&*gate, &*up);
+    let mut d_gate = vec![0f32; gate.len()];
+    change_f32(&grad, |grad| {
+        d_gate
+            .par_chunks_mut(GRAIN)
+            .zip(grad.par_chunks_mut(GRAIN))
+            .zip(gate.par_chunks(GRAIN).zip(up.par_chunks(GRAIN)))
+            .for_each(|((d_gate, grad), (gate, up))| slope(d_gate, grad, gate, up));
+        Ok(())
+    })?;
+    Ok((Tensor::from_vec(d_gate, grad.shape(), grad.device())?, grad))
 }
 
 fn slope(d_gate: &mut [f32], grad: &mut [f32], gate: &[f32], up: &[f32]) {
@@ -132,9 +136,8 @@ mod tests {
         let theirs = (gate.silu()? * up.as_tensor())?;
         crate::ops::tests::assert_close(&swiglu(&gate, &up)?, &theirs, 1e-5);
         let theirs = (theirs * &grad)?.sum_all()?.backward()?;
-        let (d_gate, d_up) = swiglu_backward(&gate, &up, grad.flatten_all()?.to_vec1()?)?;
+        let (d_gate, d_up) = swiglu_backward(&gate, &up, grad)?;
         for (ours, var) in [(d_gate, &gate), (d_up, &up)] {
-            let ours = Tensor::from_vec(ours, grad.shape(), &dev)?;
             crate::ops::tests::assert_close(&ours, theirs.get(var).unwrap(), 1e-4);
         }
         Ok(())

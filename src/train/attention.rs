@@ -23,7 +23,7 @@ impl PrefixAttention<'_> {
     }
 
     /// Gradients of the prefix, and of queries, keys and values if `own` says so, given that of the output.
-    pub fn backward(&self, trace: &Trace, grad: &[f32], own: bool) -> Result<PackedGradients> {
+    pub fn backward(&self, trace: &Trace, grad: &Tensor, own: bool) -> Result<PackedGradients> {
         let Some(log_sums) = &self.log_sums else {
             candle_core::bail!("prefix attention: a gradient without a forward pass");
         };

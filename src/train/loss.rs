@@ -3,14 +3,15 @@
 //! Logits exist for a few rows at a time only: with a vocabulary of 128 thousand those of one pack would
 //! take a gigabyte. What leaves is one number and a gradient of the size of the hidden states.
 
-use std::sync::{Mutex, PoisonError};
-
-use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{Targets, TrainError};
-use crate::ops::{Linear, exp_in_place, exp_sum, max, with_f32};
+use crate::gpu::loss::LossRows;
+use crate::gpu::ops::room;
+use crate::gpu::{Machine, machine_of};
+use crate::ops::{Linear, change_f32, exp_in_place, exp_sum, max};
 
 /// Logits held at once: 64 MiB of f32.
 const MAX_CHUNK_LOGITS: usize = 16 << 20;
@@ -84,6 +85,19 @@ impl<'a> TargetRows<'a> {
         ids.zip(self.targets.probs[range].iter().copied())
     }
 
+    /// On a GPU, with room for the losses, and for gradients.
+    fn on(&self, device: &Device, gradient: bool) -> candle_core::Result<LossRows> {
+        let Targets { ids, probs, .. } = self.targets;
+        let integers = |numbers: Vec<i32>| Tensor::new(numbers, device);
+        Ok(LossRows {
+            starts: integers(self.starts.iter().map(|start| *start as i32).collect())?,
+            ids: integers(ids.iter().map(|id| *id as i32).collect())?,
+            probs: Tensor::new(probs.as_slice(), device)?,
+            losses: room(self.rows.len(), DType::F32, device)?,
+            slopes: gradient.then(|| room(probs.len(), DType::F32, device)).transpose()?,
+        })
+    }
+
     fn entropy_sum(&self) -> f64 {
         let probs = self.targets.probs.iter().map(|p| f64::from(*p));
         probs.filter(|p| *p > 0.0).map(|p| p * p.ln()).sum()
@@ -99,7 +113,7 @@ pub(super) fn distillation_loss(
     head: &Linear,
     targets: &TargetRows<'_>,
     options: LossOptions,
-) -> Result<(LossOnly, Option<Vec<f32>>), TrainError> {
+) -> Result<(LossOnly, Option<Tensor>), TrainError> {
     let (rows, entries) = (targets.rows.len(), targets.targets.len());
     let divisor = match options.normalizer {
         Normalizer::Tokens => rows,
@@ -109,23 +123,27 @@ pub(super) fn distillation_loss(
     let scale = 1.0 / options.temperature;
     // What one unit of a row's probability adds to the gradient.
     let unit = options.gradient.then(|| f64::from(scale) / divisor as f64);
-    let mut nll_sum = 0f64;
-    let mut gradient = options.gradient.then(Vec::new);
+    let mut losses = RowLosses::new(hidden, targets, scale, unit)?;
+    let mut gradients = Vec::new();
     for first in (0..rows).step_by(step) {
-        let logits = head.forward(&hidden.narrow(0, first, step.min(rows - first))?)?;
-        let op = RowLosses { targets, first, scale, unit, losses: Mutex::new(Vec::new()) };
-        logits.inplace_op1(&op)?;
-        let losses = op.losses.into_inner().unwrap_or_else(PoisonError::into_inner);
-        if let Some(i) = losses.iter().position(|loss| !loss.is_finite()) {
-            return Err(TrainError::NonFiniteLoss { row: targets.rows[first + i] as usize });
-        }
-        nll_sum += losses.iter().sum::<f64>();
-        if let Some(gradient) = &mut gradient {
-            gradient.extend(with_f32(&logits, |logits| head.backward(logits))?);
+        let logits = head.forward_f32(&hidden.narrow(0, first, step.min(rows - first))?)?;
+        losses.compute(first, &logits)?;
+        if options.gradient {
+            gradients.push(head.backward(&logits.to_dtype(hidden.dtype())?)?);
         }
     }
+    let losses = losses.finish()?;
+    if let Some(i) = losses.iter().position(|loss| !loss.is_finite()) {
+        return Err(TrainError::NonFiniteLoss { row: targets.rows[i] as usize });
+    }
+    let nll_sum = losses.chunks(step).map(|some| some.iter().sum::<f64>()).sum();
     let entropy_sum = targets.entropy_sum();
     let loss = LossOnly { loss: nll_sum / divisor as f64, nll_sum, entropy_sum, rows, entries };
+    let gradient = match gradients.len() {
+        0 => None,
+        1 => gradients.pop(),
+        _ => Some(Tensor::cat(&gradients, 0)?),
+    };
     Ok((loss, gradient))
 }
 
@@ -133,38 +151,63 @@ fn chunk_rows(vocab: usize) -> usize {
     (MAX_CHUNK_LOGITS / vocab.max(1)).clamp(*CHUNK_ROWS.start(), *CHUNK_ROWS.end())
 }
 
-/// Turns logits into the gradient of the loss with respect to them, if `unit` says so.
+/// Turns logits into losses, and into the gradient of the loss with respect to them if `unit` says so.
 struct RowLosses<'a> {
     targets: &'a TargetRows<'a>,
-    /// Which of the target's distinct rows is the first of the logits.
-    first: usize,
     scale: f32,
     unit: Option<f64>,
-    /// Of each row, before the division.
-    losses: Mutex<Vec<f64>>,
+    place: Place,
 }
 
-impl InplaceOp1 for RowLosses<'_> {
-    fn name(&self) -> &'static str {
-        "distillation_loss"
+/// Where the losses of the rows so far are.
+enum Place {
+    Cpu(Vec<f64>),
+    Gpu(Machine, LossRows),
+}
+
+impl<'a> RowLosses<'a> {
+    /// Where `hidden` is.
+    fn new(
+        hidden: &Tensor,
+        targets: &'a TargetRows<'a>,
+        scale: f32,
+        unit: Option<f64>,
+    ) -> candle_core::Result<Self> {
+        let place = match machine_of(hidden)? {
+            None => Place::Cpu(Vec::with_capacity(targets.rows.len())),
+            Some(gpu) => Place::Gpu(gpu, targets.on(hidden.device(), unit.is_some())?),
+        };
+        Ok(Self { targets, scale, unit, place })
     }
 
-    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-        let (rows, vocab) = layout.shape().dims2()?;
-        let logits = match (storage, layout.contiguous_offsets()) {
-            (CpuStorage::F32(logits), Some((start, end))) => &mut logits[start..end],
-            _ => candle_core::bail!("distillation_loss: needs contiguous logits in f32"),
-        };
-        let losses = logits
-            .par_chunks_exact_mut(vocab)
-            .take(rows)
-            .enumerate()
-            .map(|(i, logits)| {
-                row_loss(logits, self.targets.entries(self.first + i), self.scale, self.unit)
-            })
-            .collect();
-        *self.losses.lock().unwrap_or_else(PoisonError::into_inner) = losses;
-        Ok(())
+    /// Of the rows of `logits` `[rows, vocab]` in f32, the first of which is the `first` of the target's
+    /// distinct rows: the next after those before.
+    fn compute(&mut self, first: usize, logits: &Tensor) -> candle_core::Result<()> {
+        let (targets, scale, unit) = (self.targets, self.scale, self.unit);
+        match &mut self.place {
+            Place::Gpu(gpu, rows) => {
+                rows.compute(&**gpu, logits, first, (scale, unit.unwrap_or_default() as f32))
+            }
+            Place::Cpu(losses) => {
+                change_f32(logits, |values| {
+                    let rows = values.par_chunks_exact_mut(logits.dim(1)?).enumerate();
+                    losses.par_extend(rows.map(|(i, logits)| {
+                        row_loss(logits, targets.entries(first + i), scale, unit)
+                    }));
+                    Ok(())
+                })
+            }
+        }
+    }
+
+    /// Of each row, before the division.
+    fn finish(self) -> candle_core::Result<Vec<f64>> {
+        match self.place {
+            Place::Cpu(losses) => Ok(losses),
+            Place::Gpu(_, rows) => {
+                Ok(rows.losses.to_vec1::<f32>()?.into_iter().map(f64::from).collect())
+            }
+        }
     }
 }
 

@@ -5,16 +5,17 @@
 //! is learned; and of the last layer only the rows with a target lead to the loss, so its queries, and all
 //! that follows them, exist for these rows alone.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::attention::{Prefix, PrefixAttention};
 use super::check::{check_pack, check_prefix};
 use super::loss::{LossOptions, TargetRows, distillation_loss};
 use super::{LossOnly, Normalizer, Pack, TrainError};
 use crate::model::{Angles, Chosen, Decoder, Trace};
-use crate::ops::attention::{Heads, LogSums, PackedAttention, PackedGradients};
+use crate::ops::attention::{Heads, LogSums, PackedAttention};
 
-/// Keys (after RoPE) and values of one layer of the cartridge, each `[kv_heads, p, head_dim]` in f32.
+/// Keys (after RoPE) and values of one layer of the cartridge, each `[kv_heads, p, head_dim]` in f32, on any
+/// device.
 #[derive(Debug, Clone)]
 pub struct PrefixLayer {
     pub keys: Tensor,
@@ -47,8 +48,8 @@ pub struct StepOutput {
     pub entropy_sum: f64,
     pub rows: usize,
     pub entries: usize,
-    /// Per layer the gradients of `loss` with respect to keys and values, shaped like them. Frozen tokens
-    /// have theirs too.
+    /// Per layer the gradients of `loss` with respect to keys and values, shaped like them, in f32 on the
+    /// decoder's device. Frozen tokens have theirs too.
     pub gradients: Vec<(Tensor, Tensor)>,
 }
 
@@ -62,8 +63,8 @@ impl StepOutput {
 /// The loss of `pack` and its gradient with respect to every tensor of `prefix`, which must have one layer
 /// for each of the model's.
 ///
-/// A sequence's tokens see the whole prefix and their own predecessors; the first is at position `p`. The
-/// result has the same bits whatever the number of threads.
+/// A sequence's tokens see the whole prefix and their own predecessors; the first is at position `p`. On the
+/// CPU the result has the same bits whatever the number of threads.
 pub fn gradients(
     decoder: &Decoder,
     prefix: &[PrefixLayer],
@@ -75,7 +76,7 @@ pub fn gradients(
         return Err(TrainError::Prefix { reason });
     }
     let pass = Pass::new(decoder, prefix, pack, options, true)?;
-    let prefix = contiguous(prefix)?;
+    let prefix = placed(prefix, decoder)?;
     let (hidden, mut kept) = pass.forward(&prefix, options.recompute)?;
     let AtHead { loss, gradient } = pass.loss(&hidden)?;
     drop(hidden);
@@ -94,9 +95,7 @@ pub fn gradients(
         };
         let (below, found) = pass.layer_backward(index, prefix, trace, log_sums, grad)?;
         upstream = below;
-        let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu);
-        gradients
-            .push((tensor(found.prefix_keys, &prefix.0)?, tensor(found.prefix_values, &prefix.1)?));
+        gradients.push(found);
     }
     gradients.reverse();
     Ok(StepOutput::new(loss, gradients))
@@ -110,7 +109,7 @@ pub fn evaluate(
     options: &StepOptions,
 ) -> Result<LossOnly, TrainError> {
     let pass = Pass::new(decoder, prefix, pack, options, false)?;
-    let prefix = contiguous(prefix)?;
+    let prefix = placed(prefix, decoder)?;
     let mut hidden = decoder.embed(&pack.tokens)?;
     for index in 0..decoder.config().layers {
         (hidden, ..) = pass.layer(index, &hidden, prefix.get(index))?;
@@ -118,9 +117,12 @@ pub fn evaluate(
     Ok(pass.loss(&hidden)?.loss)
 }
 
-fn contiguous(prefix: &[PrefixLayer]) -> candle_core::Result<Vec<Prefix>> {
-    let layer = |layer: &PrefixLayer| Ok((layer.keys.contiguous()?, layer.values.contiguous()?));
-    prefix.iter().map(layer).collect()
+/// As the decoder's attention reads it: on a GPU in its 16 bits, rounded anew for every pass.
+fn placed(prefix: &[PrefixLayer], decoder: &Decoder) -> candle_core::Result<Vec<Prefix>> {
+    let tensor = |tensor: &Tensor| {
+        tensor.to_device(decoder.device())?.to_dtype(decoder.dtype())?.contiguous()
+    };
+    prefix.iter().map(|layer| Ok((tensor(&layer.keys)?, tensor(&layer.values)?))).collect()
 }
 
 /// What the way back needs of a layer.
@@ -166,13 +168,13 @@ impl<'a> Pass<'a> {
             let heads =
                 Heads { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
             let scale = 1.0 / (config.head_dim as f32).sqrt();
-            PackedAttention::new(&pack.cu_seqlens, queries, heads, scale)
+            PackedAttention::new(&pack.cu_seqlens, queries, heads, scale, decoder.device())
         };
         let all: Vec<u32> = (0..pack.tokens.len() as u32).collect();
         let StepOptions { normalizer, temperature, .. } = *options;
         Ok(Self {
             attention: attention(&all)?,
-            last_attention: attention(&chosen.rows)?,
+            last_attention: attention(chosen.rows.chosen())?,
             decoder,
             pack,
             targets,
@@ -242,16 +244,15 @@ impl<'a> Pass<'a> {
         prefix: &Prefix,
         trace: Trace,
         log_sums: LogSums,
-        grad: Vec<f32>,
-    ) -> candle_core::Result<(Option<Vec<f32>>, PackedGradients)> {
+        grad: Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, (Tensor, Tensor))> {
         let (chosen, packed) = self.rows(index);
         let attention = PrefixAttention { packed, prefix: Some(prefix), log_sums: Some(log_sums) };
         let mut found = None;
-        let mut back = |trace: &Trace, grad: &[f32]| {
-            let mut gradients = attention.backward(trace, grad, index > 0)?;
-            let own = gradients.own.take();
-            found = Some(gradients);
-            Ok(own)
+        let mut back = |trace: &Trace, grad: &Tensor| {
+            let gradients = attention.backward(trace, grad, index > 0)?;
+            found = gradients.prefix;
+            Ok(gradients.own)
         };
         let input =
             self.decoder.layer_backward(index, trace, &self.angles, chosen, grad, &mut back)?;
@@ -266,5 +267,5 @@ impl<'a> Pass<'a> {
 struct AtHead {
     loss: LossOnly,
     /// Of the loss with respect to the hidden states of the target rows, if it was asked for.
-    gradient: Option<Vec<f32>>,
+    gradient: Option<Tensor>,
 }

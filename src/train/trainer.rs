@@ -11,6 +11,7 @@ use super::schedule::{Decay, Schedule};
 use super::step::{StepOptions, gradients};
 use super::{Pack, Parameters, TrainError};
 use crate::model::Decoder;
+use crate::ops::add_scaled;
 
 /// What decides the course of a run, besides its packs and its start. A checkpoint can be resumed only with
 /// the same.
@@ -152,8 +153,11 @@ impl Trainer {
 
     fn try_step(&mut self, at: &mut usize) -> Result<StepReport, TrainError> {
         let prefix = self.parameters.prefix(self.decoder.device())?;
-        let mut sums: Vec<Vec<f32>> =
-            self.parameters.tensors().iter().map(|tensor| vec![0.0; tensor.len()]).collect();
+        // Where the gradients come about, so that only their sums leave a GPU.
+        let mut sums = Vec::with_capacity(2 * prefix.len());
+        for tensor in prefix.iter().flat_map(|layer| [&layer.keys, &layer.values]) {
+            sums.push(tensor.zeros_like()?);
+        }
         let share = 1.0 / self.options.global_batch_size as f32;
         let mut position = self.position;
         let (mut loss, mut kl, mut epoch) = (0.0, 0.0, 0);
@@ -162,16 +166,18 @@ impl Trainer {
             *at = self.pack_index(position.packs);
             let pack = &self.packs[*at];
             let out = gradients(&self.decoder, &prefix, pack, &self.options.step)?;
-            let tensors = out.gradients.iter().flat_map(|(keys, values)| [keys, values]);
-            for (sum, gradient) in sums.iter_mut().zip(tensors) {
-                add(sum, gradient, share)?;
-            }
+            let tensors = out.gradients.into_iter().flat_map(|(keys, values)| [keys, values]);
+            let added = sums.into_iter().zip(tensors);
+            let added = added.map(|(sum, gradient)| add_scaled(sum, &gradient, share));
+            sums = added.collect::<candle_core::Result<_>>()?;
             loss += out.loss * f64::from(share);
             kl += (out.nll_sum + out.entropy_sum) / out.rows.max(1) as f64 * f64::from(share);
             position.packs += 1;
             position.input_tokens += pack.tokens.len() as u64;
             position.target_tokens += out.rows as u64;
         }
+        let on_host = |sum: Tensor| sum.flatten_all()?.to_vec1::<f32>();
+        let sums: Vec<_> = sums.into_iter().map(on_host).collect::<candle_core::Result<_>>()?;
         if let Some(bad) = sums.iter().flatten().position(|g| !g.is_finite()) {
             let reason = format!(
                 "the gradient is not finite (number {bad}); a lower learning rate may help"
@@ -237,11 +243,4 @@ fn fingerprint(
     digest.update(format!("{options:?} {facts:?} {weights}"));
     digest_of(packs, &mut digest);
     digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// `sum += share · gradient`.
-fn add(sum: &mut [f32], gradient: &Tensor, share: f32) -> Result<(), TrainError> {
-    let gradient: Vec<f32> = gradient.flatten_all()?.to_vec1()?;
-    sum.iter_mut().zip(gradient).for_each(|(sum, gradient)| *sum += share * gradient);
-    Ok(())
 }

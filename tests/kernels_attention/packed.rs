@@ -112,7 +112,7 @@ impl<T: Number> Packed<T> {
         let values = tensor(&self.prefix_v, (kv_heads, self.prefix, dim))?;
         let all: Vec<u32> = (0..tokens as u32).collect();
         let heads = Heads { heads, kv_heads, head_dim: dim };
-        let attention = PackedAttention::new(&cu_seqlens, &all, heads, SCALE)?;
+        let attention = PackedAttention::new(&cu_seqlens, &all, heads, SCALE, &Device::Cpu)?;
         let kv = PackedKv { k: &k, v: &v, prefix: Some((&keys, &values)) };
         attention.forward(&q, kv)?.0.flatten_all()?.to_vec1()
     }

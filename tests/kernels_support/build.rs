@@ -20,10 +20,15 @@ const FLAGS: [&str; 9] = [
     "-U_FORTIFY_SOURCE",
 ];
 
-/// A loaded shared library; never unloaded.
+/// A source of `kernels/` or beside a test. Compiled and loaded when it is first run here; never unloaded.
 #[derive(Clone)]
 pub struct Library {
-    handle: Arc<Handle>,
+    source: String,
+    loaded: Arc<OnceLock<Loaded>>,
+}
+
+struct Loaded {
+    handle: Handle,
     path: PathBuf,
 }
 
@@ -35,24 +40,29 @@ unsafe impl Sync for Handle {}
 impl Library {
     /// `source` is relative to the repository. Compiled unless the same content was before.
     pub fn of(source: &str) -> Self {
-        static KNOWN: OnceLock<Mutex<HashMap<String, Arc<OnceLock<Library>>>>> = OnceLock::new();
+        static KNOWN: OnceLock<Mutex<HashMap<String, Library>>> = OnceLock::new();
         let mut known = KNOWN.get_or_init(Mutex::default).lock().unwrap();
-        let slot = known.entry(source.to_owned()).or_default().clone();
-        drop(known);
-        slot.get_or_init(|| open(&compile(source))).clone()
+        let new = || Self { source: source.to_owned(), loaded: Arc::default() };
+        known.entry(source.to_owned()).or_insert_with(new).clone()
+    }
+
+    /// Whether these are kernels that the program has, too: not a twin, not a test's own.
+    pub fn is_of_the_program(&self) -> bool {
+        self.source.starts_with("kernels/") && self.source.ends_with(".cu")
     }
 
     /// The address of a symbol that must be there.
     pub fn symbol(&self, name: &str) -> *mut c_void {
+        let loaded = self.loaded.get_or_init(|| open(compile(&self.source)));
         let symbol = CString::new(name).unwrap();
         // SAFETY: the handle is open, the name ends with a zero.
-        let address = unsafe { libc::dlsym(self.handle.0, symbol.as_ptr()) };
-        assert!(!address.is_null(), "{} has no {name}", self.path.display());
+        let address = unsafe { libc::dlsym(loaded.handle.0, symbol.as_ptr()) };
+        assert!(!address.is_null(), "{} has no {name}", loaded.path.display());
         address
     }
 }
 
-fn open(path: &Path) -> Library {
+fn open(path: PathBuf) -> Loaded {
     let name = CString::new(path.to_str().unwrap()).unwrap();
     // SAFETY: the library runs no code on loading.
     let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
@@ -61,11 +71,12 @@ fn open(path: &Path) -> Library {
         let error = unsafe { CStr::from_ptr(libc::dlerror()) };
         panic!("{}: {}", path.display(), error.to_string_lossy());
     }
-    Library { handle: Arc::new(Handle(handle)), path: path.to_owned() }
+    Loaded { handle: Handle(handle), path }
 }
 
 fn compile(source: &str) -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    // Where cargo runs tests; a test that was built elsewhere runs in a checkout's root as well.
+    let root = Path::new("");
     let (compiler, version) = compiler();
     let mut digest = Sha256::new();
     digest.update(version);
@@ -77,7 +88,7 @@ fn compile(source: &str) -> PathBuf {
         digest.update(std::fs::read(file).unwrap());
     }
     let digest: String = digest.finalize()[..8].iter().map(|byte| format!("{byte:02x}")).collect();
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels");
+    let folder = std::env::current_dir().unwrap().join("target/tmp/kernels");
     std::fs::create_dir_all(&folder).unwrap();
     let stem = source.replace(['/', '.'], "_");
     let library = folder.join(format!("{stem}-{digest}.so"));

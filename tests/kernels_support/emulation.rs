@@ -1,14 +1,16 @@
-//! The emulation as a GPU of the program.
+//! The machine of these tests as a GPU of the program.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock, Mutex};
 
 use candle_core::{DType, Device, Result};
 use cartouche::gpu::{self, Arg, Launch};
 use cartouche::model::Placement;
 
-use super::{Arg as RawArg, Library};
+use super::{Library, gpu_index};
 
-/// A machine that runs the kernels of `kernels/` on the CPU, each with its threads in an order of its own.
+/// A machine that runs the kernels of `kernels/` over buffers in host memory: on the CPU, with the threads in
+/// the order of a seed, or on the GPU of these tests.
 pub struct Emulation {
     pub seed: u64,
 }
@@ -24,23 +26,24 @@ const SOURCES: [(&str, &str); 7] = [
     ("swiglu_backward", "swiglu"),
 ];
 
+static LAUNCHES: LazyLock<Mutex<HashMap<String, usize>>> = LazyLock::new(Mutex::default);
+
+/// How often this process has run a kernel on the emulation.
+pub fn launches(kernel: &str) -> usize {
+    LAUNCHES.lock().unwrap().get(kernel).copied().unwrap_or(0)
+}
+
 impl Launch for Emulation {
     unsafe fn launch(&self, kernel: &str, grid: [usize; 3], args: &[Arg]) -> Result<()> {
         if grid.contains(&0) {
             return Ok(());
         }
+        *LAUNCHES.lock().unwrap().entry(kernel.to_owned()).or_default() += 1;
         let end = ["_bf16", "_f16", "_f32"].into_iter().find_map(|kind| kernel.find(kind));
         let name = &kernel[..end.unwrap_or(kernel.len())];
         let source = SOURCES.iter().find(|(known, _)| *known == name).map_or(name, |(_, at)| at);
-        let args: Vec<RawArg> = args
-            .iter()
-            .map(|arg| match *arg.bytes() {
-                [a, b, c, d] => RawArg::from(u32::from_ne_bytes([a, b, c, d])),
-                ref bytes => RawArg::from(u64::from_ne_bytes(bytes.try_into().unwrap())),
-            })
-            .collect();
         Library::of(&format!("kernels/{source}.cu"))
-            .try_launch(kernel, grid, self.seed, &args)
+            .try_launch(kernel, grid, self.seed, args)
             .map_err(candle_core::Error::msg)
     }
 }
@@ -48,20 +51,13 @@ impl Launch for Emulation {
 /// Where a test of the GPU's path computes: on the emulation, or on the GPU that `CARTOUCHE_TEST_DEVICE`
 /// names (`cuda:0`) if the test was built with the feature `cuda`. `dtype` has 16 bits.
 pub fn placement(dtype: DType) -> Placement {
-    match std::env::var("CARTOUCHE_TEST_DEVICE") {
+    let device = match gpu_index() {
         #[cfg(feature = "cuda")]
-        Ok(name) => {
-            let index = name.strip_prefix("cuda:").and_then(|index| index.parse().ok());
-            let index = index.unwrap_or_else(|| panic!("CARTOUCHE_TEST_DEVICE={name}: not cuda:N"));
-            Placement { device: gpu::device(index).unwrap(), dtype }
-        }
-        #[cfg(not(feature = "cuda"))]
-        Ok(name) => {
-            panic!("CARTOUCHE_TEST_DEVICE={name}: this test was built without the feature cuda")
-        }
-        Err(_) => {
+        Some(index) => Device::Cuda(super::card::device(index).clone()),
+        _ => {
             gpu::emulate(Arc::new(Emulation { seed: 7 }));
-            Placement { device: Device::Cpu, dtype }
+            Device::Cpu
         }
-    }
+    };
+    Placement { device, dtype }
 }

@@ -1,6 +1,8 @@
 //! Buffers between pages that trap, as the device memory of a test.
 
+use std::collections::BTreeMap;
 use std::ptr::NonNull;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Which end of the buffer lies at a trapping page. The other end has up to a page of poison.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -11,7 +13,22 @@ pub enum Side {
 
 /// What device allocations are multiples of, for loads of 16 bytes.
 const ALIGNMENT: usize = 16;
-const POISON: u8 = 0xff; // NaN in every float type, -1 in integers
+pub const POISON: u8 = 0xff; // NaN in every float type, -1 in integers
+
+/// All buffers there are: where what lies between their trapping pages begins, and its bytes.
+static LIVE: Mutex<BTreeMap<usize, usize>> = Mutex::new(BTreeMap::new());
+
+fn live() -> MutexGuard<'static, BTreeMap<usize, usize>> {
+    LIVE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The buffer, with the poison beside it, in which an address lies: start and bytes. The end of an empty
+/// buffer belongs to it.
+pub fn buffer_at(address: usize) -> Option<(usize, usize)> {
+    let live = live();
+    let (start, bytes) = live.range(..=address).next_back()?;
+    (address <= start + bytes).then_some((*start, *bytes))
+}
 
 /// Numbers for a kernel. Reading just outside traps or gives NaN, writing traps or is found by [`Buffer::read`].
 pub struct Buffer<T> {
@@ -53,6 +70,7 @@ impl<T: Copy> Buffer<T> {
             std::ptr::write_bytes(at.add(page), POISON, inner);
             NonNull::new(at).unwrap()
         };
+        live().insert(mapping.as_ptr() as usize + page, inner);
         let offset = match side {
             Side::Front => page,
             Side::Back => page + inner - bytes,
@@ -92,6 +110,7 @@ impl<T> Buffer<T> {
 
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
+        live().remove(&(self.mapping.as_ptr() as usize + self.page));
         // SAFETY: our own mapping, unmapped once.
         unsafe { libc::munmap(self.mapping.as_ptr().cast(), self.mapped) };
     }

@@ -1,56 +1,72 @@
-//! Running the kernels of `kernels/` on the CPU: the host's C++ compiler builds them against `kernels/simt/`.
+//! Running the kernels of `kernels/`: on the CPU, where the host's C++ compiler builds them against
+//! `kernels/simt/`, or, with the feature `cuda` and `CARTOUCHE_TEST_DEVICE=cuda:0`, on a GPU, as the program
+//! has them. Their twins run on the CPU in either case.
 #![allow(dead_code, unused_imports)] // each test binary uses its own part
 
 mod build;
+#[cfg(feature = "cuda")]
+mod card;
 mod cases;
+mod copies;
 mod emulation;
 mod memory;
 
 pub use build::Library;
 pub use cases::{Expected, Random, Shape, check_one, shape};
-pub use emulation::{Emulation, placement};
+pub use copies::{Elsewhere, launch as launch_elsewhere};
+pub use emulation::{Emulation, launches, placement};
 pub use memory::{Buffer, Side};
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
+pub use cartouche::gpu::Arg;
 use half::{bf16, f16};
 
-/// An argument of a kernel, as its bytes.
-pub struct Arg {
-    bytes: [u8; 8],
-    len: u32,
+/// What `args!` takes.
+pub trait Argument {
+    fn arg(self) -> Arg;
 }
 
 macro_rules! argument {
-    ($($kind:ty),*) => {$(
-        impl From<$kind> for Arg {
-            fn from(value: $kind) -> Self {
-                let mut bytes = [0; 8];
-                let from = value.to_ne_bytes();
-                bytes[..from.len()].copy_from_slice(&from);
-                Self { bytes, len: from.len() as u32 }
+    ($($kind:ty as $passed:ty),*) => {$(
+        impl Argument for $kind {
+            fn arg(self) -> Arg {
+                Arg::from(self as $passed)
             }
         }
     )*};
 }
-argument!(i32, u32, i64, u64, f32);
+argument!(i32 as i32, u32 as i32, i64 as i64, u64 as u64, f32 as f32);
 
-impl<T> From<&Buffer<T>> for Arg {
-    fn from(buffer: &Buffer<T>) -> Self {
-        Self::from(buffer.address() as u64)
+impl<T> Argument for &Buffer<T> {
+    fn arg(self) -> Arg {
+        Arg::from(self.address() as u64)
     }
 }
 
 /// `None` is a null pointer.
-impl<T> From<Option<&Buffer<T>>> for Arg {
-    fn from(buffer: Option<&Buffer<T>>) -> Self {
-        Self::from(buffer.map_or(0, |buffer| buffer.address() as u64))
+impl<T> Argument for Option<&Buffer<T>> {
+    fn arg(self) -> Arg {
+        self.map_or(Arg::from(0u64), Argument::arg)
     }
 }
 
 #[macro_export]
 macro_rules! args {
-    ($($arg:expr),* $(,)?) => { &[$($crate::kernels_support::Arg::from($arg)),*] };
+    ($($arg:expr),* $(,)?) => { &[$($crate::kernels_support::Argument::arg($arg)),*] };
+}
+
+/// The GPU that `CARTOUCHE_TEST_DEVICE` names (`cuda:0`). Without it kernels run on the emulation.
+///
+/// Panics if the test was built without the feature `cuda`: it must not seem to have run there.
+pub fn gpu_index() -> Option<usize> {
+    let name = std::env::var("CARTOUCHE_TEST_DEVICE").ok()?;
+    let index = name.strip_prefix("cuda:").and_then(|index| index.parse().ok());
+    let index = index.unwrap_or_else(|| panic!("CARTOUCHE_TEST_DEVICE={name}: not cuda:N"));
+    if cfg!(not(feature = "cuda")) {
+        panic!("CARTOUCHE_TEST_DEVICE={name}: this test was built without the feature cuda");
+    }
+    Some(index)
 }
 
 /// `simt::Launch` of `kernels/simt/launch.hpp`.
@@ -66,7 +82,8 @@ struct Launch {
 }
 
 impl Library {
-    /// Runs a kernel over a grid; what went wrong otherwise. `seed` is the order in which threads run.
+    /// Runs a kernel over a grid; what went wrong otherwise. `seed` is the order in which threads run; a GPU
+    /// has its own.
     pub fn try_launch(
         &self,
         kernel: &str,
@@ -74,11 +91,26 @@ impl Library {
         seed: u64,
         args: &[Arg],
     ) -> Result<(), String> {
-        let entry = self.symbol(&format!("{kernel}_launch"));
+        match gpu_index() {
+            #[cfg(feature = "cuda")]
+            Some(index) if self.is_of_the_program() => card::launch(index, kernel, grid, args),
+            _ => self.run_here(kernel, grid, seed, args),
+        }
+    }
+
+    /// On the emulation, or a twin.
+    pub fn run_here(
+        &self,
+        function: &str,
+        grid: [usize; 3],
+        seed: u64,
+        args: &[Arg],
+    ) -> Result<(), String> {
+        let entry = self.symbol(&format!("{function}_launch"));
         // SAFETY: KERNEL in `kernels/simt/device.hpp` declares every symbol of this name so.
         let entry: extern "C" fn(*const Launch) -> c_int = unsafe { std::mem::transmute(entry) };
-        let arguments: Vec<_> = args.iter().map(|arg| arg.bytes.as_ptr().cast()).collect();
-        let argument_bytes: Vec<_> = args.iter().map(|arg| arg.len).collect();
+        let arguments: Vec<_> = args.iter().map(|arg| arg.bytes().as_ptr().cast()).collect();
+        let argument_bytes: Vec<_> = args.iter().map(|arg| arg.bytes().len() as u32).collect();
         let mut error = [0 as c_char; 512];
         let failed = entry(&Launch {
             grid: grid.map(|blocks| blocks as u32),
@@ -97,7 +129,9 @@ impl Library {
     /// Calls a naive twin, a plain function registered by REFERENCE.
     #[track_caller]
     pub fn call(&self, function: &str, args: &[Arg]) {
-        self.launch(function, [1; 3], 0, args);
+        if let Err(error) = self.run_here(function, [1; 3], 0, args) {
+            panic!("{error}");
+        }
     }
 
     #[track_caller]

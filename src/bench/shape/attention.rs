@@ -8,7 +8,6 @@ use super::{Bench, Case, Part};
 use crate::bench::BenchError;
 use crate::model::{ModelConfig, Placement, noise};
 use crate::ops::attention::{Heads, LogSums, PackedAttention, PackedGradients, PackedKv};
-use crate::ops::{on_host, with_f32};
 
 pub(super) fn run(bench: &mut Bench<'_>) -> Result<(), BenchError> {
     crate::train::keep_freed_memory();
@@ -61,8 +60,8 @@ pub(super) struct Operands {
     pub k: Tensor,
     pub v: Tensor,
     pub prefix: Option<(Tensor, Tensor)>,
-    /// Of the result, `[tokens, heads, head_dim]` in f32.
-    pub grad: Vec<f32>,
+    /// Of the result, `[tokens, heads, head_dim]`.
+    pub grad: Tensor,
 }
 
 impl Operands {
@@ -91,15 +90,20 @@ impl Operands {
                 numbers((kv_heads, prefix, head_dim), 5)?,
             )),
         };
-        let grad = on_host(&numbers((tokens, heads, head_dim), 6)?)?;
         Ok(Self {
-            attention: PackedAttention::new(&cu_seqlens, &queries, heads_of, scale)?,
+            attention: PackedAttention::new(
+                &cu_seqlens,
+                &queries,
+                heads_of,
+                scale,
+                &placement.device,
+            )?,
             cu_seqlens,
             q: numbers((tokens, heads, head_dim), 1)?,
             k: numbers((tokens, kv_heads, head_dim), 2)?,
             v: numbers((tokens, kv_heads, head_dim), 3)?,
             prefix,
-            grad: with_f32(&grad, |grad| Ok(grad.to_vec()))?,
+            grad: numbers((tokens, heads, head_dim), 6)?,
         })
     }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use super::attention::Operands;
 use super::measure::Unmeasured;
@@ -38,28 +38,28 @@ fn tensors(
 ) -> Result<HashMap<&'static str, Tensor>, Unmeasured> {
     let operands = Operands::new(config, placement, &LENGTHS, PREFIX)?;
     let result = operands.forward()?;
-    let PackedGradients { prefix_keys, prefix_values, own } = operands.backward(&result)?;
-    let (Some((keys, values)), Some([q, k, v])) = (&operands.prefix, own) else {
+    let PackedGradients { prefix, own } = operands.backward(&result)?;
+    let (Some((keys, values)), Some((grad_keys, grad_values)), Some([q, k, v])) =
+        (&operands.prefix, prefix, own)
+    else {
         return Err(candle_core::Error::msg("an attention without prefix or gradients").into());
     };
-    let (out, like) = (result.0, &operands);
-    let grad =
-        |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu);
+    let grad = |tensor: &Tensor| tensor.to_dtype(DType::F32);
     let cu_seqlens = Tensor::new(operands.cu_seqlens.as_slice(), &Device::Cpu)?;
     let tensors = [
-        ("grad_out", grad(operands.grad.clone(), &out)?),
-        ("grad_q", grad(q, &like.q)?),
-        ("grad_k", grad(k, &like.k)?),
-        ("grad_v", grad(v, &like.v)?),
-        ("grad_prefix_keys", grad(prefix_keys, keys)?),
-        ("grad_prefix_values", grad(prefix_values, values)?),
+        ("grad_out", grad(&operands.grad)?),
+        ("grad_q", grad(&q)?),
+        ("grad_k", grad(&k)?),
+        ("grad_v", grad(&v)?),
+        ("grad_prefix_keys", grad(&grad_keys)?),
+        ("grad_prefix_values", grad(&grad_values)?),
         ("cu_seqlens", cu_seqlens),
         ("q", operands.q.clone()),
         ("k", operands.k.clone()),
         ("v", operands.v.clone()),
         ("prefix_keys", keys.clone()),
         ("prefix_values", values.clone()),
-        ("out", out),
+        ("out", result.0),
     ];
     Ok(HashMap::from(tensors))
 }

@@ -1,7 +1,9 @@
 //! A batch of sequences as the engine runs it, in the middle of decoding: cartridges, and blocks full of keys
 //! and values.
 
-use candle_core::{D, Device, Tensor};
+use std::collections::HashMap;
+
+use candle_core::{D, DType, Tensor};
 use rayon::prelude::*;
 
 use super::measure::{Unmeasured, check_memory};
@@ -9,9 +11,11 @@ use super::roofline::{Costs, Decoding};
 use crate::cartridge::{Cartridge, LayerKv, Lease, Provenance};
 use crate::engine::{
     BLOCK_TOKENS, BatchEntry, BlockPool, BlockTable, ContextKey, EngineOptions, KvCache, Root,
-    blocks_for,
+    SamplingParams, blocks_for,
 };
-use crate::model::{Decoder, ModelConfig, Placement, noise};
+use crate::gpu::sampling::{self, Wanted};
+use crate::gpu::{SampleRow, machine};
+use crate::model::{Angles, Decoder, ModelConfig, Placement, Unrotated, noise};
 use crate::ops::{all_finite, argmax, on_host, with_f32};
 
 /// Blocks that are filled at once.
@@ -56,7 +60,7 @@ impl<'a> Batch<'a> {
     /// A whole step: embedding, layers, head, and the likeliest token of each sequence.
     pub fn step(&mut self) -> Result<(), Unmeasured> {
         let hidden = self.hidden()?;
-        let tokens = greedy(&self.decoder.logits(&hidden)?)?;
+        let tokens = greedy(self.decoder, &self.decoder.logits(&hidden)?)?;
         std::hint::black_box(tokens);
         Ok(())
     }
@@ -128,6 +132,19 @@ impl AttentionInputs {
             v: numbers(config.kv_heads, 3)?,
         })
     }
+
+    /// That turn nothing.
+    fn angles(&self) -> candle_core::Result<Angles> {
+        let (tokens, _, head_dim) = self.q.dims3()?;
+        let sin = Tensor::zeros((tokens, head_dim / 2), DType::F32, self.q.device())?;
+        Ok(Angles { cos: sin.ones_like()?, sin })
+    }
+
+    fn unrotated<'a>(&'a self, angles: &'a Angles) -> Unrotated<'a> {
+        let Self { q, k, v } = self;
+        let (q_angles, k_angles) = (angles, angles);
+        Unrotated { q, k, v, q_norm: None, k_norm: None, eps: 0.0, q_angles, k_angles }
+    }
 }
 
 /// Writes keys and values into every block: memory that was never written is not read like other memory.
@@ -144,24 +161,31 @@ fn fill(
         let inputs = AttentionInputs::new(config, placement, tables.len() * BLOCK_TOKENS)?;
         let entries: Vec<BatchEntry<'_>> = tables.iter().map(whole).collect();
         let mut attention = cache.attention(&entries, usize::MAX);
+        let angles = inputs.angles()?;
         for layer in 0..config.layers {
-            attention.attend(layer, &inputs.q, &inputs.k, &inputs.v)?;
+            // One of the two stores them.
+            let (q, k) = attention.rotate(layer, &inputs.unrotated(&angles))?;
+            attention.attend(layer, &q, &k, &inputs.v)?;
         }
     }
     Ok(())
 }
 
-/// The likeliest token of each row of logits, on the host.
-fn greedy(logits: &Tensor) -> candle_core::Result<Vec<u32>> {
-    match logits.device() {
-        Device::Cpu => {
-            let (logits, vocab) = (on_host(logits)?, logits.dim(D::Minus1)?);
-            with_f32(&logits, |logits| {
-                Ok(logits.par_chunks_exact(vocab).map(|row| argmax(row) as u32).collect())
-            })
-        }
-        _ => logits.argmax(D::Minus1)?.to_vec1(),
-    }
+/// The likeliest token of each row of logits, as the engine finds it.
+fn greedy(decoder: &Decoder, logits: &Tensor) -> candle_core::Result<Vec<u32>> {
+    let Some(gpu) = machine(decoder.device(), decoder.dtype())? else {
+        let vocab = logits.dim(D::Minus1)?;
+        return with_f32(logits, |logits| {
+            Ok(logits.par_chunks_exact(vocab).map(|row| argmax(row) as u32).collect())
+        });
+    };
+    let params = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+    let adjustments = HashMap::new();
+    let row =
+        SampleRow { params: &params, uniform: 0.0, adjustments: &adjustments, forbidden: &[] };
+    let rows = vec![(row, Wanted { temperature: 0.0, top: 0 }); logits.dim(0)?];
+    let tokens = sampling::draw(&*gpu, logits, &rows)?.into_iter().flatten();
+    Ok(tokens.map(|token| token.id).collect())
 }
 
 /// Where a decoder computes.

@@ -71,10 +71,10 @@ struct Given {
 }
 
 impl Context {
-    fn of(document: &demo::Document, mode: Mode) -> Result<Self, CliError> {
+    fn of(runtime: &Runtime, document: &demo::Document, mode: Mode) -> Result<Self, CliError> {
         let given = |bytes| -> Result<Self, CliError> {
             let cartridge = read_cartridge_bytes(bytes, document.name)?;
-            let lease = Lease::detached(document.name, &cartridge)?;
+            let lease = runtime.lease(document.name, &cartridge)?;
             Ok(Self { text: None, cartridge: Some(Given { cartridge, lease }) })
         };
         match mode {
@@ -125,11 +125,10 @@ struct Asked {
     answers: Vec<Answered>,
 }
 
-pub fn run(mut args: EvalArgs) -> Result<(), CliError> {
+pub fn run(args: EvalArgs) -> Result<(), CliError> {
     if args.runtime.model.as_deref().is_some_and(|model| model != "demo") {
         return Err(CliError::Usage("--demo evaluates the demo model; drop --model".to_owned()));
     }
-    args.runtime.on_cpu()?;
     args.runtime.set_threads()?;
     let runtime = args.runtime.start()?;
     let asked = evaluate(&runtime)?;
@@ -170,7 +169,7 @@ fn evaluate(runtime: &Runtime) -> Result<Vec<Asked>, CliError> {
     for document in demo::DOCUMENTS {
         let broken = |e| CliError::Usage(format!("the questions of {}: {e}", document.name));
         let questions = document.questions().map_err(broken)?;
-        let contexts = MODES.iter().map(|mode| Context::of(document, *mode));
+        let contexts = MODES.iter().map(|mode| Context::of(runtime, document, *mode));
         let contexts = contexts.collect::<Result<Vec<_>, _>>()?;
         let first = asked.len();
         for question in questions.questions {
@@ -197,8 +196,9 @@ fn evaluate(runtime: &Runtime) -> Result<Vec<Asked>, CliError> {
 
 /// The line of mode `index`.
 fn row(runtime: &Runtime, mode: Mode, index: usize, asked: &[Asked]) -> Row {
-    let shape = runtime.engine.info().kv_shape;
-    let token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * size_of::<f32>();
+    let info = runtime.engine.info();
+    let (shape, number) = (info.kv_shape, info.kv_dtype.size_in_bytes());
+    let token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * number;
     let answers = || asked.iter().map(|asked| &asked.answers[index]);
     let share = |of: &dyn Fn(&Asked) -> bool, right: &dyn Fn(&Asked) -> &str| {
         let (hits, all) = asked.iter().filter(|asked| of(asked)).fold((0, 0), |(hits, all), a| {

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::document::{Document, demo_document};
 use super::options::usage;
-use crate::cartridge::{Cartridge, Lease};
+use crate::cartridge::Cartridge;
 use crate::cli::CliError;
 use crate::cli::ask::ask;
 use crate::cli::runtime::Runtime;
@@ -65,7 +65,7 @@ impl Evaluation {
     /// The share of exact answers.
     pub fn score(&self, runtime: &Runtime, who: Answerer<'_>) -> Result<f64, CliError> {
         let lease = match who {
-            Answerer::Student(cartridge) => Some(Lease::detached("training", cartridge)?),
+            Answerer::Student(cartridge) => Some(runtime.lease("training", cartridge)?),
             Answerer::Teacher | Answerer::NoCartridge => None,
         };
         let mut exact = 0;

@@ -64,8 +64,7 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     ];
     file.check_keys(&known.map(|value| value.unwrap_or_default()))?;
     let flags: TrainFlags = file.complete(&args.train)?;
-    let mut options: RuntimeOptions = file.complete(&args.runtime)?;
-    options.on_cpu()?;
+    let options: RuntimeOptions = file.complete(&args.runtime)?;
     let data: DataFlags = file.complete(&args.data)?;
     // Wrong values are told before the model is loaded.
     flags.trainer(1, data.seed())?;

@@ -4,11 +4,11 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::{BLOCK_TOKENS, BatchEntry};
 use crate::cartridge::{KvShape, Lease};
-use crate::gpu::ops::room;
+use crate::gpu::ops::{Pages, room, rotate_and_store};
 use crate::gpu::{
-    Arg, CartridgeLayer, LayerAddresses, Machine, QuerySequence, StepAttention, StepHeads, address,
+    CartridgeLayer, LayerAddresses, Machine, QuerySequence, StepAttention, StepHeads, address,
 };
-use crate::model::Attend;
+use crate::model::{Attend, Unrotated};
 
 /// Per layer keys and values, each `[blocks, kv_heads, BLOCK_TOKENS, head_dim]`.
 pub struct GpuKvCache {
@@ -17,6 +17,8 @@ pub struct GpuKvCache {
     device: Device,
     gpu: Machine,
     layers: Vec<(Tensor, Tensor)>,
+    #[cfg(feature = "flash-attn")]
+    pub flash_attn: bool,
 }
 
 impl GpuKvCache {
@@ -31,7 +33,15 @@ impl GpuKvCache {
         let dims = (blocks, shape.kv_heads, BLOCK_TOKENS, shape.head_dim);
         let zeros = || Tensor::zeros(dims, dtype, device);
         let layers = (0..shape.layers).map(|_| Ok((zeros()?, zeros()?))).collect::<Result<_>>()?;
-        Ok(Self { shape, dtype, device: device.clone(), gpu, layers })
+        Ok(Self {
+            shape,
+            dtype,
+            device: device.clone(),
+            gpu,
+            layers,
+            #[cfg(feature = "flash-attn")]
+            flash_attn: false,
+        })
     }
 
     pub fn attention<'a>(&'a mut self, batch: &'a [BatchEntry<'a>]) -> GpuAttention<'a> {
@@ -57,9 +67,16 @@ struct Step<'a> {
     places: Tensor,
     parts: Tensor,
     lse: Tensor,
+    #[cfg(feature = "flash-attn")]
+    plain: Option<super::flash::PlainPrefill>,
 }
 
 impl<'a> GpuAttention<'a> {
+    /// To be put back.
+    fn take_step(&mut self, heads: usize) -> Result<Step<'a>> {
+        self.step.take().map_or_else(|| self.plan(heads), Ok)
+    }
+
     fn plan(&self, heads: usize) -> Result<Step<'a>> {
         let KvShape { kv_heads, head_dim, .. } = self.cache.shape;
         // A cartridge is known by its layers: leases of one generation share them.
@@ -100,35 +117,50 @@ impl<'a> GpuAttention<'a> {
         let indices = Tensor::from_iter(plan.indices().iter().copied(), device)?;
         let parts = room((plan.slots(), heads, head_dim), DType::F32, device)?;
         let lse = room((plan.slots(), heads), DType::F32, device)?;
-        Ok(Step { plan, leases, indices, places, parts, lse })
+        Ok(Step {
+            plan,
+            leases,
+            indices,
+            places,
+            parts,
+            lse,
+            #[cfg(feature = "flash-attn")]
+            plain: match self.cache.flash_attn {
+                true => super::flash::PlainPrefill::of(self.batch, device)?,
+                false => None,
+            },
+        })
     }
 }
 
 impl Attend for GpuAttention<'_> {
+    /// Stores keys and values in the same launch.
+    fn rotate(&mut self, layer: usize, unrotated: &Unrotated<'_>) -> Result<(Tensor, Tensor)> {
+        let step = self.take_step(unrotated.q.dim(1)?)?;
+        let (keys, values) = &self.cache.layers[layer];
+        let pages = Pages { keys, values, places: &step.places };
+        // SAFETY: every place is in a block of the sequence whose token goes there.
+        let rotated = unsafe { rotate_and_store(&*self.cache.gpu, unrotated, &pages)? };
+        self.step = Some(step);
+        Ok(rotated)
+    }
+
+    /// Over the keys and values that [`Self::rotate`] has stored.
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        #[cfg(not(feature = "flash-attn"))]
+        let _ = (k, v);
         let (rows, heads, head_dim) = q.dims3()?;
-        let step = match self.step.take() {
-            Some(step) => step,
-            None => self.plan(heads)?,
-        };
-        let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
+        let step = self.take_step(heads)?;
+        let q = q.contiguous()?;
         let (keys, values) = &self.cache.layers[layer];
         let (keys, values) = (address(keys)?, address(values)?);
-        let KvShape { kv_heads, .. } = self.cache.shape;
-        let write = [
-            Arg::from(address(&k)?),
-            address(&v)?.into(),
-            address(&step.places)?.into(),
-            keys.into(),
-            values.into(),
-            (kv_heads as i32).into(),
-            (head_dim as i32).into(),
-        ];
-        let gpu = &*self.cache.gpu;
-        let dtype = self.cache.dtype;
-        // SAFETY: the kernel's arguments; every place is inside of a block of the cache.
-        unsafe {
-            gpu.launch(&format!("kv_write_{}", dtype.as_str()), [rows, 1, 1], &write)?;
+        let (gpu, dtype) = (&*self.cache.gpu, self.cache.dtype);
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        #[cfg(feature = "flash-attn")]
+        if let Some(plain) = &step.plain {
+            let out = plain.attend(&q, k, v, scale);
+            self.step = Some(step);
+            return out;
         }
         let cartridges = step.leases.iter().map(|lease| {
             let kv = &lease.layers()[layer];
@@ -150,7 +182,6 @@ impl Attend for GpuAttention<'_> {
             lse: address(&step.lse)?,
             out: address(&out)?,
         };
-        let scale = 1.0 / (head_dim as f32).sqrt();
         // SAFETY: the tensors above and those of the leases have these shapes and live until the end of the
         // step; the stream orders what is freed after it.
         unsafe { step.plan.launch(gpu, dtype, &at, scale)? };

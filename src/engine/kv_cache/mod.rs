@@ -2,6 +2,8 @@
 //! own blocks. One form for each kind of device.
 
 mod cpu;
+#[cfg(feature = "flash-attn")]
+mod flash;
 mod gpu;
 
 use candle_core::{DType, Device, Result};
@@ -43,6 +45,14 @@ impl KvCache {
     /// Bytes one block takes over all layers, keys and values.
     pub fn block_bytes(shape: KvShape, dtype: DType) -> u64 {
         (2 * shape.layers * block_elements(shape) * dtype.size_in_bytes()) as u64
+    }
+
+    /// Has steps of plain prefill computed by FlashAttention on a GPU; elsewhere nothing changes.
+    #[cfg(feature = "flash-attn")]
+    pub fn set_flash_attn(&mut self, flash_attn: bool) {
+        if let Self::Gpu(cache) = self {
+            cache.flash_attn = flash_attn;
+        }
     }
 
     /// What the decoder attends to in a step with the rows of `batch`, one entry after the other.

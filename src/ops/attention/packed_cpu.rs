@@ -7,9 +7,9 @@ use std::borrow::Cow;
 
 use rayon::prelude::*;
 
+use super::Heads;
 use super::packed_plan::{Group, Plan, Tile};
 use super::packed_rows::{Mask, slopes, softmax, weights};
-use super::{Heads, PackedGradients};
 use crate::ops::product::{LANES, Left, Output, Product, Right, turn};
 
 pub(super) struct Inputs<'a> {
@@ -24,6 +24,14 @@ pub(super) struct Inputs<'a> {
     /// `[kv_heads, prefix, head_dim]`, both.
     pub prefix_keys: &'a [f32],
     pub prefix_values: &'a [f32],
+}
+
+/// Gradients, each laid out like its tensor.
+pub(super) struct Gradients {
+    /// Of keys and values.
+    pub prefix: [Vec<f32>; 2],
+    /// Of queries, keys and values, if they were asked for.
+    pub own: Option<[Vec<f32>; 3]>,
 }
 
 /// Vectors as [`turn`] leaves them.
@@ -69,7 +77,7 @@ pub(super) fn backward(
     out: &[f32],
     grad: &[f32],
     own: bool,
-) -> PackedGradients {
+) -> Gradients {
     let Heads { kv_heads, head_dim: dim, .. } = inputs.heads;
     let prefix = inputs.prefix(true);
     let mut dq = vec![0f32; if own { inputs.q.len() } else { 0 }];
@@ -96,7 +104,7 @@ pub(super) fn backward(
     };
     let (prefix_keys, dk) = gathered(|sums| &sums.k);
     let (prefix_values, dv) = gathered(|sums| &sums.v);
-    PackedGradients { prefix_keys, prefix_values, own: own.then_some([dq, dk, dv]) }
+    Gradients { prefix: [prefix_keys, prefix_values], own: own.then_some([dq, dk, dv]) }
 }
 
 fn add(to: &mut [f32], from: &[f32]) {

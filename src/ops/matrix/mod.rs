@@ -19,7 +19,7 @@ use candle_core::{
 };
 
 use super::product::{LANES, Output};
-use super::{contiguous_f32, visit_bytes, with_f32};
+use super::{add_in_place, contiguous_f32, visit_bytes, with_f32};
 use crate::gpu;
 use packed_f32::PackedF32;
 use q8_0::PackedQ8;
@@ -102,23 +102,27 @@ impl Matrix {
     }
 
     /// `y · weight` for `y` `[tokens, out]`, which takes a gradient from the outputs of [`Self::product`] to
-    /// its inputs: written to `to` `[tokens, in]`, or added to what is there. On the CPU.
-    pub fn transposed_product(&self, y: &[f32], to: &mut [f32], add: bool) -> Result<()> {
-        let (out, input) = self.dims()?;
-        if out == 0 || !y.len().is_multiple_of(out) || y.len() / out * input != to.len() {
-            let (from, to) = (y.len(), to.len());
-            candle_core::bail!("product: {from} to {to} with transposed weights [{out}, {input}]");
+    /// its inputs, `[tokens, in]`; added to `to`, if it is given, in whose place the sum is written.
+    pub fn transposed_product(&self, y: &Tensor, to: Option<Tensor>) -> Result<Tensor> {
+        let ((out, input), (tokens, width)) = (self.dims()?, y.dims2()?);
+        let fits = to.as_ref().is_none_or(|to| to.dims() == [tokens, input]);
+        if out == 0 || width != out || !fits {
+            let (y, to) = (y.dims(), to.map(|to| to.dims().to_vec()));
+            candle_core::bail!("product: {y:?} to {to:?} with transposed weights [{out}, {input}]");
         }
         match &*self.0 {
-            Form::F32(packed) => transposed_product(packed, y, to, add),
-            Form::Q8(packed) => transposed_product(packed, y, to, add),
-            // Laid out for the length of this product only: the frozen weight stays as it is.
-            Form::Ggml(_) | Form::Dense(_) => {
-                let dense = Self::dense(&self.to_dense(&Device::Cpu)?)?;
-                return dense.transposed_product(y, to, add);
+            Form::F32(packed) => transposed_product(packed, y, to),
+            Form::Q8(packed) => transposed_product(packed, y, to),
+            Form::Dense(weight) => {
+                let product = y.matmul(weight)?;
+                match to {
+                    Some(to) => add_in_place(to, &product),
+                    None => Ok(product),
+                }
             }
+            // Laid out for the length of this product only: the frozen weight stays as it is.
+            Form::Ggml(_) => Self::dense(&self.to_dense(y.device())?)?.transposed_product(y, to),
         }
-        Ok(())
     }
 
     /// Rows `ids` in f32, `[ids, in]`: an embedding lookup. A row that is not there is an error.

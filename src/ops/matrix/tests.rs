@@ -11,9 +11,8 @@ fn randn(rows: usize, columns: usize) -> Result<Tensor> {
 /// The transposed product; added to `start` if that is not 0.
 fn back(matrix: &Matrix, up: &Tensor, start: f32) -> Result<Tensor> {
     let shape = (up.dim(0)?, matrix.dims()?.1);
-    let mut to = vec![start; shape.0 * shape.1];
-    with_f32(up, |up| matrix.transposed_product(up, &mut to, start != 0.0))?;
-    Tensor::from_vec(to, shape, &Device::Cpu)
+    let to = Tensor::full(start, shape, &Device::Cpu)?.contiguous()?;
+    matrix.transposed_product(up, (start != 0.0).then_some(to))
 }
 
 #[test]

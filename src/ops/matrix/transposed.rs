@@ -5,11 +5,13 @@
 
 use std::ops::Range;
 
+use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::packed_f32::{BLOCK_INPUTS, BLOCK_TOKENS};
 use super::{LANES, Output};
 use crate::ops::product::{Left, Product, Right};
+use crate::ops::{Numbers, change_f32};
 
 /// Columns of the matrix per task; with [`BLOCK_INPUTS`] a scratch of 64 KiB. Each task turns the weights
 /// on its own, and [`BLOCK_TOKENS`] multiplications pay for it.
@@ -26,9 +28,25 @@ pub(super) trait Tiles: Sync {
     fn turn(&self, rows: Range<usize>, columns: Range<usize>, to: &mut [[f32; LANES]]);
 }
 
-/// Writes `y · weight` for `y` `[tokens, out]` to `to` `[tokens, in]`, or adds it to what is there. Same bits
-/// whatever the number of threads.
-pub(super) fn transposed_product(matrix: &impl Tiles, y: &[f32], to: &mut [f32], add: bool) {
+/// `y · weight` for `y` `[tokens, out]`, `[tokens, in]`; added to `to`, if it is given, in its place. The
+/// shapes must fit. Same bits whatever the number of threads.
+pub(super) fn transposed_product(
+    matrix: &impl Tiles,
+    y: &Tensor,
+    to: Option<Tensor>,
+) -> Result<Tensor> {
+    let add = to.is_some();
+    let input = matrix.dims().1;
+    let to = to.map_or_else(|| Tensor::zeros((y.dim(0)?, input), y.dtype(), y.device()), Ok)?;
+    let y = Numbers::of(y)?;
+    change_f32(&to, |to| {
+        multiply(matrix, &y, to, add);
+        Ok(())
+    })?;
+    Ok(to)
+}
+
+fn multiply(matrix: &impl Tiles, y: &[f32], to: &mut [f32], add: bool) {
     let (out, input) = matrix.dims();
     let tokens = y.len() / out;
     let column_blocks = input.div_ceil(COLUMNS);
