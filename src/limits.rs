@@ -46,6 +46,9 @@ pub const DEFAULT_MAX_RUNNING_SEQUENCES: usize = 64;
 pub const DEFAULT_PREFILL_TOKENS_PER_STEP: usize = 512;
 /// Fuel of one chat-template rendering (template instructions); past it the render is an error.
 pub const CHAT_TEMPLATE_FUEL: u64 = 5_000_000;
+/// Loops, blocks and macro calls of a chat template inside of one another; past it the render is an error. The
+/// engine's own limit, 500, is more than a thread's stack holds.
+pub const CHAT_TEMPLATE_DEPTH: usize = 100;
 /// Bytes of one rendered prompt text.
 pub const MAX_RENDERED_PROMPT_BYTES: usize = 64 << 20;
 

@@ -196,7 +196,8 @@ fn facts_of_any_length_do_not_stay_in_memory() {
         origin: Some("x".repeat(limit + 1)),
         ..cartouche::cartridge::Provenance::default()
     };
-    let path = tempfile::tempdir().unwrap().path().join("x.safetensors");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x.safetensors");
     let error = write_safetensors(&path, &good("list_bf16").with_provenance(long)).unwrap_err();
     assert!(error.to_string().contains("fact"), "never written either: {error}");
 }

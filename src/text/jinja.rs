@@ -18,7 +18,7 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior, es
 use serde_json::Value as Json;
 
 use super::{TextError, json, pystr};
-use crate::limits::{CHAT_TEMPLATE_FUEL, MAX_RENDERED_PROMPT_BYTES};
+use crate::limits::{CHAT_TEMPLATE_DEPTH, CHAT_TEMPLATE_FUEL, MAX_RENDERED_PROMPT_BYTES};
 
 const NAME: &str = "chat_template";
 
@@ -51,6 +51,7 @@ impl Compiled {
         env.set_auto_escape_callback(|_| AutoEscape::None);
         env.set_undefined_behavior(UndefinedBehavior::Lenient);
         env.set_fuel(Some(CHAT_TEMPLATE_FUEL));
+        env.set_recursion_limit(CHAT_TEMPLATE_DEPTH);
         env.set_debug(false);
         env.set_unknown_method_callback(pystr::call_method);
         env.remove_global("debug");
@@ -280,6 +281,22 @@ mod tests {
                         {% endfor %}\
                         {% endfor %}{% endmacro %}{{ m() }}";
         assert_eq!(render(in_macro), Err(TextError::TemplateFuel { limit: CHAT_TEMPLATE_FUEL }));
+    }
+
+    /// Found by fuzzing: a block that shows itself overflowed the stack, which ends the process.
+    #[test]
+    fn what_calls_itself_is_stopped_before_the_stack_is_full() {
+        for source in [
+            "{% block b %}{{ self.b() }}{% endblock %}",
+            "{% macro f(a) %}{{ f(a) }}{% endmacro %}{{ f(1) }}",
+            "{% for i in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+        ] {
+            let error = render(source).unwrap_err();
+            assert!(error.to_string().contains("recursion"), "{source}: {error}");
+        }
+        let deep = 60;
+        let nested = ["{% for i in [1] %}".repeat(deep), "x".into(), "{% endfor %}".repeat(deep)];
+        assert_eq!(render(&nested.concat()).unwrap(), "x");
     }
 
     #[test]

@@ -62,6 +62,7 @@ pub fn fuzz(target: Target) {
     let beat = Watch::start(target.name);
     let run = move || {
         PANIC.set(Some(String::new()));
+        warm_up(&target, &seeds);
         let is_locked_in = if target.needs_system { false } else { sandbox::enter().is_ok() };
         let mut tally = Tally::default();
         let result = match replay {
@@ -86,6 +87,15 @@ pub fn fuzz(target: Target) {
         );
     }
     report(&target, &tally, began.elapsed(), is_locked_in);
+}
+
+/// What is made once, a tokenizer for instance, is made before the thread is locked in. Freeing some
+/// megabytes has the allocator ask the system, once, how it may give memory back.
+fn warm_up(target: &Target, seeds: &[Vec<u8>]) {
+    drop(std::hint::black_box(vec![vec![1u8; 64 << 10]; 128]));
+    for seed in seeds {
+        let _ = catch_unwind(AssertUnwindSafe(|| (target.run)(seed)));
+    }
 }
 
 fn number(name: &str, default: u64) -> u64 {

@@ -7,20 +7,14 @@ pub fn enter() -> Result<(), std::io::Error> {
     imp::enter()
 }
 
-/// Calls that were refused to this process since the last time this was asked, by number.
+/// A call that was refused to this thread since the last time this was asked, by number.
 pub fn refused() -> Option<i64> {
     imp::refused()
 }
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod imp {
-    use std::{
-        io,
-        sync::{
-            Once,
-            atomic::{AtomicI64, Ordering},
-        },
-    };
+    use std::{cell::Cell, io, sync::Once};
 
     use libc::{
         BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W, SECCOMP_RET_ALLOW,
@@ -67,7 +61,10 @@ mod imp {
         libc::SYS_mount,
     ];
 
-    static REFUSED: AtomicI64 = AtomicI64::new(-1);
+    thread_local! {
+        /// Of this thread, on which the trap is handled too. Neither lazy nor dropped, as a handler needs it.
+        static REFUSED: Cell<Option<i64>> = const { Cell::new(None) };
+    }
 
     /// Notes the call; it fails for its caller as if it were not permitted.
     extern "C" fn on_forbidden(
@@ -79,7 +76,7 @@ mod imp {
         // word of what follows signo, errno and code: address, then number (`_sigsys` of siginfo.h).
         unsafe {
             let call = info.cast::<u8>().add(24).cast::<i32>().read_unaligned();
-            REFUSED.store(call.into(), Ordering::SeqCst);
+            REFUSED.set(Some(call.into()));
             let context = context.cast::<libc::ucontext_t>();
             (*context).uc_mcontext.gregs[libc::REG_RAX as usize] = -i64::from(libc::EPERM);
         }
@@ -88,10 +85,8 @@ mod imp {
     fn handle_traps() {
         static ONCE: Once = Once::new();
         ONCE.call_once(|| {
-            // SAFETY: a handler that stores a number and sets a register. One arena, since the allocator
-            // opens a file of /proc when it trims another; it is told before any of these threads begins.
+            // SAFETY: a handler that stores a number and sets a register.
             unsafe {
-                libc::mallopt(libc::M_ARENA_MAX, 1);
                 let mut action: libc::sigaction = std::mem::zeroed();
                 action.sa_sigaction = on_forbidden as *const () as usize;
                 action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
@@ -120,20 +115,25 @@ mod imp {
     }
 
     pub fn refused() -> Option<i64> {
-        match REFUSED.swap(-1, Ordering::SeqCst) {
-            -1 => None,
-            call => Some(call),
-        }
+        REFUSED.take()
     }
 
-    /// A thread that is locked in can do what the tests rely on it not to do.
+    /// What a thread that is locked in cannot do, and that it is noted.
     #[test]
     fn files_processes_and_sockets_are_refused() {
         std::thread::spawn(|| {
             enter().unwrap();
             let denied = io::ErrorKind::PermissionDenied;
             assert_eq!(std::fs::File::open("/etc/passwd").unwrap_err().kind(), denied);
-            assert_eq!(std::process::Command::new("true").spawn().unwrap_err().kind(), denied);
+            // Not by `Command`, which blocks signals while it forks: the trap would end the process.
+            // SAFETY: were it permitted, the child would leave at once.
+            unsafe {
+                let child = libc::syscall(libc::SYS_fork);
+                if child == 0 {
+                    libc::_exit(0);
+                }
+                assert_eq!((child, refused()), (-1, Some(libc::SYS_fork)));
+            }
             assert_eq!(std::net::TcpListener::bind("127.0.0.1:0").unwrap_err().kind(), denied);
             assert_eq!(std::fs::remove_file("/tmp/no such file").unwrap_err().kind(), denied);
         })

@@ -26,7 +26,7 @@ pub const TARGET: Target =
 /// A stored byte is read into a cartridge at most four times. The zip reader keeps a directory entry of some
 /// ten bytes in some hundred, and every record that is looked at is read through a buffer.
 pub const BOUNDS: Bounds = Bounds {
-    memory: Linear { base: 256 << 10, per_byte: 40 },
+    memory: Linear { base: 512 << 10, per_byte: 40 },
     work: Linear { base: 4 << 20, per_byte: 400 },
 };
 

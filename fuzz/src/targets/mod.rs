@@ -99,6 +99,7 @@ fn without_quotes(message: &str) -> String {
 }
 
 /// Every target, under the name that cargo-fuzz knows it by.
+#[allow(dead_code, reason = "for the drivers of cargo-fuzz")]
 pub const ALL: [Target; 14] = [
     pickle::TARGET,
     zip::TARGET,
@@ -117,6 +118,7 @@ pub const ALL: [Target; 14] = [
 ];
 
 /// Runs one input of the target of this name: what a driver of cargo-fuzz is.
+#[allow(dead_code, reason = "for the drivers of cargo-fuzz")]
 pub fn run(name: &str, data: &[u8]) {
     let target = ALL.iter().find(|target| target.name == name).expect("a target of this name");
     (target.run)(data);

@@ -88,7 +88,7 @@ fn mutate(data: &mut Vec<u8>, random: &mut Random) {
             data.splice(at..at, run);
         }
         // A stop string that is a part of the text.
-        2 => {
+        2 if !data.is_empty() => {
             let input = Input::parse(data);
             let text = with(usize::from(input.flags), |t| t.decode(&input.ids, false));
             let text = text.unwrap_or_default();
