@@ -3,6 +3,8 @@
 //! Each constant says its unit and what the caller is told when it is passed. Values that an operator
 //! may want to change are defaults of the configuration and are named in `cartouche serve --help`.
 
+use std::borrow::Cow;
+
 /// Bytes of one HTTP request body; larger is answered with 413.
 pub const MAX_BODY_BYTES: usize = 8 << 20;
 /// Bytes of a body that is parsed on the async threads; a larger one goes to a thread of its own.
@@ -148,3 +150,14 @@ pub const MAX_PARQUET_PAGE_HEADER_BYTES: usize = 64 << 10;
 pub const MIN_PARQUET_VALUES: u64 = 4 << 20;
 /// Values of a Parquet file for each of its bytes, beyond [`MIN_PARQUET_VALUES`].
 pub const MAX_PARQUET_VALUES_PER_BYTE: u64 = 16;
+
+/// At most [`MAX_ERROR_TEXT_BYTES`] of a text that repeats what a client or a file said, and a sign that more
+/// followed.
+pub fn clip(text: &str) -> Cow<'_, str> {
+    if text.len() <= MAX_ERROR_TEXT_BYTES {
+        return Cow::Borrowed(text);
+    }
+    let room = MAX_ERROR_TEXT_BYTES - "…".len();
+    let end = (0..=room).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
+    Cow::Owned(format!("{}…", &text[..end]))
+}

@@ -202,6 +202,15 @@ fn facts_of_any_length_do_not_stay_in_memory() {
     assert!(error.to_string().contains("fact"), "never written either: {error}");
 }
 
+/// Found by fuzzing: serde repeats a text that stands where none is expected, up to the header's four megabytes.
+#[test]
+fn errors_cut_what_the_file_said() {
+    let json = format!(r#"{{"layers.0.keys":"{}"}}"#, "x".repeat(100_000));
+    let file = [&(json.len() as u64).to_le_bytes()[..], json.as_bytes()].concat();
+    let error = read_cartridge_bytes(&file, "x").unwrap_err().to_string();
+    assert!(error.contains("xxx") && error.len() < 1200, "{} bytes", error.len());
+}
+
 #[test]
 fn no_truncation_is_read_as_a_cartridge() {
     for name in ["list_bf16", "parameters_bf16"] {

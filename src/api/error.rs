@@ -1,8 +1,6 @@
 //! One error body for every route: the OpenAI `error` object and Tokasaurus's `detail` side by side, so
 //! that clients of either read what they expect.
 
-use std::borrow::Cow;
-
 use axum::{
     Json,
     http::{
@@ -162,27 +160,17 @@ impl ApiError {
     /// The JSON body; streams send it as their last event. Messages and paths may repeat what the client
     /// sent, which has no bound but the body's: they are cut.
     pub fn body(&self) -> Value {
-        let message = clip(&self.message);
+        let message = limits::clip(&self.message);
         json!({
             "error": {
                 "message": message,
                 "type": self.kind,
-                "param": self.param.as_deref().map(clip),
+                "param": self.param.as_deref().map(limits::clip),
                 "code": self.code,
             },
             "detail": message,
         })
     }
-}
-
-/// At most [`limits::MAX_ERROR_TEXT_BYTES`] of a text, and a sign that more followed.
-fn clip(text: &str) -> Cow<'_, str> {
-    if text.len() <= limits::MAX_ERROR_TEXT_BYTES {
-        return Cow::Borrowed(text);
-    }
-    let room = limits::MAX_ERROR_TEXT_BYTES - "…".len();
-    let end = (0..=room).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
-    Cow::Owned(format!("{}…", &text[..end]))
 }
 
 impl IntoResponse for ApiError {
@@ -193,7 +181,7 @@ impl IntoResponse for ApiError {
                 status = self.status.as_u16(),
                 code = self.code,
                 "{}",
-                clip(&self.message)
+                limits::clip(&self.message)
             );
         }
         let mut response = (self.status, Json(self.body())).into_response();

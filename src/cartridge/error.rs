@@ -1,6 +1,7 @@
 //! What can be wrong with a cartridge, told so that the reader knows what to do next.
 
 use super::Source;
+use crate::limits;
 
 /// Why a cartridge cannot be read, used or lent.
 ///
@@ -76,8 +77,10 @@ impl CartridgeError {
     }
 
     /// An [`Self::Invalid`] that is to be [`Self::named`] by the caller.
-    pub(super) fn invalid(reason: impl Into<String>) -> Self {
-        Self::Invalid { name: UNNAMED.to_owned(), reason: reason.into() }
+    /// What of a file's own words is in the reason is clipped.
+    pub(super) fn invalid(reason: impl AsRef<str>) -> Self {
+        let reason = limits::clip(reason.as_ref()).into_owned();
+        Self::Invalid { name: UNNAMED.to_owned(), reason }
     }
 
     pub(super) fn too_large(what: &'static str, size: u64, limit: u64) -> Self {
