@@ -192,6 +192,13 @@ fn facts_of_any_length_do_not_stay_in_memory() {
             other => panic!("{name}: {other:?}"),
         }
     }
+    // Compared with the model's, and not a number is no answer.
+    for theta in ["NaN", "inf", "-infinity"] {
+        match read_cartridge_bytes(&with("rope_theta", theta.to_owned()), "x") {
+            Err(CartridgeError::Invalid { reason, .. }) => assert!(reason.contains("rope_theta")),
+            other => panic!("{theta}: {other:?}"),
+        }
+    }
     let long = cartouche::cartridge::Provenance {
         origin: Some("x".repeat(limit + 1)),
         ..cartouche::cartridge::Provenance::default()

@@ -116,11 +116,15 @@ fn number(facts: &HashMap<String, String>, name: &str) -> Result<usize, Cartridg
 fn provenance(facts: &HashMap<String, String>) -> Result<Provenance, CartridgeError> {
     let bad = |name| CartridgeError::invalid(format!("its header has a malformed `{name}`"));
     let fact = |name: &str| facts.get(name).map(|text| bounded(text)).transpose();
-    let rope_theta = fact("rope_theta")?.map(str::parse).transpose();
+    let rope_theta = fact("rope_theta")?.map(str::parse::<f64>).transpose();
     let rope_scaling = fact("rope_scaling")?.map(serde_json::from_str).transpose();
     Ok(Provenance {
         model: fact("model")?.map(str::to_owned),
-        rope_theta: rope_theta.map_err(|_| bad("rope_theta"))?,
+        rope_theta: match rope_theta {
+            Ok(None) => None,
+            Ok(Some(theta)) if theta.is_finite() => Some(theta),
+            _ => return Err(bad("rope_theta")),
+        },
         rope_scaling: rope_scaling.map_err(|_| bad("rope_scaling"))?,
         origin: fact("origin")?.map(str::to_owned),
     })

@@ -76,9 +76,19 @@ impl Compiled {
         env.add_function("strftime_now", move |format: &str| {
             strftime(clock.unwrap_or_else(|| Local::now().naive_local()), format)
         });
-        env.add_template_owned(NAME, transparent_generation(source))
-            .map_err(|e| syntax_error(&e))?;
-        Ok(Self { environment: env, source: source.to_owned() })
+        // The engine panics on assignments to what cannot be assigned to, such as `{% import 'x' as -y %}`.
+        let compiled = catch_unwind(AssertUnwindSafe(|| {
+            env.add_template_owned(NAME, transparent_generation(source))
+        }));
+        match compiled {
+            Ok(Ok(())) => Ok(Self { environment: env, source: source.to_owned() }),
+            Ok(Err(error)) => Err(syntax_error(&error)),
+            Err(_) => Err(TextError::TemplateSyntax {
+                line: None,
+                reason: "the template engine failed on a construct that it does not support"
+                    .to_owned(),
+            }),
+        }
     }
 
     /// Renders with the given variables.
@@ -307,6 +317,8 @@ mod tests {
 
     #[test]
     fn an_engine_panic_is_an_error() {
+        let error = render("{% import '' as -e %}").unwrap_err();
+        assert!(matches!(error, TextError::TemplateSyntax { .. }), "{error}");
         // If this begins to render, the engine was fixed and `catch_unwind` can go.
         assert!(matches!(render("{{ [][::-1] }}"), Err(TextError::TemplateRender { .. })));
     }

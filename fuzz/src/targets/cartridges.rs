@@ -23,10 +23,10 @@ use crate::{
 pub const TARGET: Target =
     Target { name: "torch_file", seeds, mutate, run, bounds: BOUNDS, needs_system: false };
 
-/// A stored byte is read into a cartridge at most four times. The zip reader keeps a directory entry of some
+/// A stored byte is read into a cartridge at most four times, and some are written again. The zip reader keeps a directory entry of some
 /// ten bytes in some hundred, and every record that is looked at is read through a buffer.
 pub const BOUNDS: Bounds = Bounds {
-    memory: Linear { base: 512 << 10, per_byte: 40 },
+    memory: Linear { base: 1 << 20, per_byte: 60 },
     work: Linear { base: 4 << 20, per_byte: 400 },
 };
 
