@@ -13,7 +13,7 @@ use std::{
 use candle_core::{DType, Device, Tensor};
 use cartouche::cartridge::{
     Cartridge, CartridgeError, CartridgeRef, FileSource, Intake, KvShape, LayerKv, Provenance,
-    Registry, RegistryOptions, RemoteSource, Source, Stamp,
+    Registry, RegistryOptions, Source, Stamp,
 };
 use tokio::sync::Semaphore;
 
@@ -80,19 +80,6 @@ impl FileSource for Fake {
     }
 }
 
-pub struct NoRemote;
-
-impl RemoteSource for NoRemote {
-    fn can_fetch(&self, _: Source) -> bool {
-        false
-    }
-
-    fn fetch(&self, id: &str, from: Source) -> Result<(), CartridgeError> {
-        let (id, reason) = (id.to_owned(), "offline".to_owned());
-        Err(CartridgeError::SourceUnavailable { id, from, reason })
-    }
-}
-
 pub fn options(cartridges: u64) -> RegistryOptions {
     RegistryOptions {
         dir: None,
@@ -104,6 +91,8 @@ pub fn options(cartridges: u64) -> RegistryOptions {
         device: Device::Cpu,
         dtype: DType::F32,
         byte_budget: cartridges * BYTES,
+        host_budget: 0,
+        revalidate: std::time::Duration::ZERO,
         max_file_bytes: 1 << 20,
     }
 }
@@ -113,7 +102,7 @@ pub fn registry(cartridges: u64) -> (Arc<Registry>, Arc<Fake>) {
     let registry = Registry::with_sources(
         options(cartridges),
         Some(Arc::clone(&fake) as Arc<dyn FileSource>),
-        Arc::new(NoRemote),
+        Vec::new(),
     );
     (registry, fake)
 }
