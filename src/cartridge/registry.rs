@@ -52,7 +52,7 @@ pub struct RegistryOptions {
 }
 
 /// Where the numbers of a cartridge are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Tier {
     /// Where the model computes, a GPU or host memory: ready for the next request.

@@ -268,6 +268,8 @@ impl Residents {
         if let Some(old) = self.names.point(key, id, generation, stamp) {
             self.retire_unnamed(old);
         }
+        // It may just have lost another name.
+        self.touch(generation);
     }
 
     /// Names a resident and keeps it for good.
@@ -398,3 +400,7 @@ impl Residents {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "residents_tests.rs"]
+mod tests;
