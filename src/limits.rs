@@ -14,6 +14,18 @@ pub const MAX_INLINE_BODY_BYTES: usize = 64 << 10;
 pub const MAX_JSON_VALUES: usize = 1 << 20;
 /// Bytes of an error's message and of its `param`, which repeat what the client sent; the rest is cut.
 pub const MAX_ERROR_TEXT_BYTES: usize = 1024;
+
+/// At most [`MAX_ERROR_TEXT_BYTES`] of a text that repeats what a client or a file said, and a sign that more
+/// followed.
+pub fn clip(text: &str) -> Cow<'_, str> {
+    if text.len() <= MAX_ERROR_TEXT_BYTES {
+        return Cow::Borrowed(text);
+    }
+    let room = MAX_ERROR_TEXT_BYTES - "…".len();
+    let end = (0..=room).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
+    Cow::Owned(format!("{}…", &text[..end]))
+}
+
 /// Bytes of a response header that repeats what the client sent; the rest is cut.
 pub const MAX_ECHO_HEADER_BYTES: usize = 2048;
 /// Choices (`n`) per request; more is a 400 that names `n`.
@@ -150,14 +162,23 @@ pub const MAX_PARQUET_PAGE_HEADER_BYTES: usize = 64 << 10;
 pub const MIN_PARQUET_VALUES: u64 = 4 << 20;
 /// Values of a Parquet file for each of its bytes, beyond [`MIN_PARQUET_VALUES`].
 pub const MAX_PARQUET_VALUES_PER_BYTE: u64 = 16;
-
-/// At most [`MAX_ERROR_TEXT_BYTES`] of a text that repeats what a client or a file said, and a sign that more
-/// followed.
-pub fn clip(text: &str) -> Cow<'_, str> {
-    if text.len() <= MAX_ERROR_TEXT_BYTES {
-        return Cow::Borrowed(text);
-    }
-    let room = MAX_ERROR_TEXT_BYTES - "…".len();
-    let end = (0..=room).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
-    Cow::Owned(format!("{}…", &text[..end]))
-}
+/// Fetches from one remote source at the same time; further ones of it wait, those of others do not.
+pub const MAX_CONCURRENT_FETCHES: usize = 4;
+/// Fetches from one remote source under way or waiting; the next one is answered with 503 and `Retry-After`.
+pub const MAX_PENDING_FETCHES: usize = 64;
+/// Failed fetches that are remembered; past it the one that may be tried again soonest is forgotten.
+pub const MAX_REMEMBERED_FETCH_FAILURES: usize = 1024;
+/// Ids of which the registry knows when their file was looked at last; past it all are looked at again.
+pub const MAX_CHECKED_IDS: usize = 4096;
+/// Milliseconds within which a file is not looked at again, unless configured: a file changed by another
+/// program is served after that time at the latest.
+pub const DEFAULT_REVALIDATE_MILLISECONDS: u64 = 1000;
+/// Milliseconds after the start of a fetch in which `force_redownload` joins it; later ones have another
+/// fetch follow it.
+pub const FORCED_FETCH_JOIN_MILLISECONDS: u64 = 1000;
+/// Uploads of cartridges under way; the next one is answered with 503 and `Retry-After`.
+pub const MAX_CONCURRENT_UPLOADS: usize = 4;
+/// Seconds after which an upload that nobody finished is removed from the cartridge directory.
+pub const ABANDONED_UPLOAD_SECONDS: u64 = 24 * 60 * 60;
+/// Bytes of host memory for cartridges that had to leave a GPU, unless configured.
+pub const DEFAULT_HOST_CACHE_BYTES: u64 = 8 << 30;

@@ -85,6 +85,8 @@ fn server() -> &'static Server {
             dtype: DType::F32,
             byte_budget: 1 << 20,
             max_file_bytes: 1 << 20,
+            host_budget: 0,
+            revalidate: std::time::Duration::ZERO,
         });
         let dims = (shape.kv_heads, 3, shape.head_dim);
         let tensor = || Tensor::ones(dims, DType::F32, &Device::Cpu).expect("a tensor");
