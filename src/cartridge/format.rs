@@ -95,7 +95,7 @@ pub(crate) fn write_atomically(
 }
 
 /// Makes the rename last. Only Unix lets a folder be synchronised.
-fn sync_folder_of(path: &Path) -> std::io::Result<()> {
+pub(super) fn sync_folder_of(path: &Path) -> std::io::Result<()> {
     #[cfg(unix)]
     if let Some(folder) = path.parent() {
         let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };

@@ -21,6 +21,7 @@ mod safetensors_file;
 mod sanitize;
 mod sources;
 mod staging;
+mod store;
 mod torch_file;
 mod torch_layout;
 mod torch_view;
@@ -39,6 +40,10 @@ pub use reference::{CartridgeRef, Origin, Source};
 pub use registry::{CartridgeInfo, Registry, RegistryOptions, RegistryStats};
 pub use safetensors_file::write_safetensors;
 pub use sanitize::folder_name;
-pub use sources::{FileSource, LocalFolder, RemoteSource, Stamp};
+pub use sources::{
+    Cached, Fetch, FileSource, HubId, HuggingFace, LocalFolder, Remote, RemoteSource, Stamp,
+    transfer,
+};
+pub use store::{Record, Store};
 pub use torch_write::{Naming, TorchStyle, write_torch};
 pub use validate::{provenance_warnings, validate};

@@ -13,6 +13,8 @@ pub enum Source {
     Local,
     /// A Hugging Face model repository.
     Huggingface,
+    /// A URL, where the operator allows its host.
+    Http,
 }
 
 /// Where a listed cartridge comes from.
@@ -43,6 +45,7 @@ impl std::fmt::Display for Source {
             Self::Wandb => "wandb",
             Self::Local => "local",
             Self::Huggingface => "huggingface",
+            Self::Http => "http",
         })
     }
 }

@@ -1,11 +1,17 @@
 //! Where cartridge files come from. Everything here blocks and is called on threads that may.
 
+mod cached;
+mod choose;
+mod huggingface;
 mod local;
+pub mod transfer;
 
 use std::{fs::Metadata, time::SystemTime};
 
 use super::{CartridgeError, Intake, Source, sanitize::folder_name};
 
+pub use cached::{Cached, Fetch, Remote};
+pub use huggingface::{HubId, HuggingFace};
 pub use local::LocalFolder;
 pub(super) use local::not_found;
 
