@@ -2,18 +2,24 @@
 
 mod cached;
 mod choose;
+mod http;
 mod huggingface;
 mod local;
+mod options;
 pub mod transfer;
+mod wandb;
 
 use std::{fs::Metadata, time::SystemTime};
 
 use super::{CartridgeError, Intake, Source, sanitize::folder_name};
 
 pub use cached::{Cached, Fetch, Remote};
+pub use http::HttpFiles;
 pub use huggingface::{HubId, HuggingFace};
 pub use local::LocalFolder;
 pub(super) use local::not_found;
+pub use options::{Sources, SourcesOptions};
+pub use wandb::{RunId, Wandb};
 
 /// Tells one state of a file from another: replacing or rewriting a file changes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -20,7 +20,7 @@ impl Secret {
         }
     }
 
-    pub(super) fn reveal(&self) -> &str {
+    pub(in crate::cartridge::sources) fn reveal(&self) -> &str {
         &self.0
     }
 }
@@ -87,6 +87,10 @@ impl Address {
             host: self.0.host().unwrap_or_default().to_ascii_lowercase(),
             port: self.0.port_u16().unwrap_or(if https { 443 } else { 80 }),
         }
+    }
+
+    pub fn is_https(&self) -> bool {
+        self.origin().https
     }
 
     /// The whole of it, for the request.
