@@ -41,8 +41,8 @@ pub use registry::{CartridgeInfo, Registry, RegistryOptions, RegistryStats};
 pub use safetensors_file::write_safetensors;
 pub use sanitize::folder_name;
 pub use sources::{
-    Cached, Fetch, FileSource, HttpFiles, HubId, HuggingFace, LocalFolder, Remote, RemoteSource,
-    RunId, Sources, SourcesOptions, Stamp, Wandb, transfer,
+    Cached, Fetch, FileSource, HttpFiles, HubId, HuggingFace, LocalFolder, Piece, Remote,
+    RemoteSource, RunId, Sources, SourcesOptions, Stamp, Wandb, transfer,
 };
 pub use store::{Record, Store};
 pub use torch_write::{Naming, TorchStyle, write_torch};

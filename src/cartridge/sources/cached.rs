@@ -113,7 +113,7 @@ impl<F: Fetch> Cached<F> {
         let mut request = remote.request.clone();
         let old_etag = old.as_ref().and_then(|old| old.etag.as_deref());
         if let Some(etag) = old_etag.filter(|etag| etag.starts_with('"') && partial.is_empty()) {
-            request.headers.push(("if-none-match", etag.to_owned()));
+            request = request.with("if-none-match", etag);
         }
         let (expected, limit) = (&remote.expected, self.max_file_bytes);
         let got = self.transfer.download(&request, expected, &mut partial, limit, deadline);

@@ -6,6 +6,7 @@ mod http;
 mod huggingface;
 mod local;
 mod options;
+mod push;
 pub mod transfer;
 mod wandb;
 
@@ -19,6 +20,7 @@ pub use huggingface::{HubId, HuggingFace};
 pub use local::LocalFolder;
 pub(super) use local::not_found;
 pub use options::{Sources, SourcesOptions};
+pub use push::Piece;
 pub use wandb::{RunId, Wandb};
 
 /// Tells one state of a file from another: replacing or rewriting a file changes it.

@@ -75,11 +75,10 @@ impl Transfer {
         let have = partial.len();
         let is_whole = have > 0 && expected.size == Some(have) && is_checked;
         if have > 0 && !is_whole {
-            request.headers.push(("range", format!("bytes={have}-")));
-            let validator = partial.validator().map(|etag| ("if-range", etag.to_owned()));
-            request.headers.extend(validator);
-            // That asks for another answer than a part.
-            request.headers.retain(|(name, _)| *name != "if-none-match");
+            request = request.with("range", &format!("bytes={have}-"));
+            if let Some(etag) = partial.validator() {
+                request = request.with("if-range", etag);
+            }
         }
         let mut expected = expected.clone();
         let mut etag = partial.validator().map(str::to_owned);

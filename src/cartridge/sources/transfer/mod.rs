@@ -57,13 +57,19 @@ pub struct Request {
     pub authorization: Option<Secret>,
     /// Hosts, besides that one, it may be sent on to.
     pub hosts: Hosts,
-    pub headers: Vec<(&'static str, String)>,
+    pub headers: Vec<(String, String)>,
 }
 
 impl Request {
     pub fn new(address: Address) -> Self {
         let hosts = Hosts::default();
         Self { address, authorization: None, hosts, headers: Vec::new() }
+    }
+
+    /// With one more header.
+    pub fn with(mut self, name: &str, value: &str) -> Self {
+        self.headers.push((name.to_owned(), value.to_owned()));
+        self
     }
 }
 
@@ -176,8 +182,8 @@ impl Transfer {
         deadline: Instant,
     ) -> Result<Value, Failure> {
         let mut request = request.clone();
-        if !request.headers.iter().any(|(name, _)| *name == "content-type") {
-            request.headers.push(("content-type", "application/json".to_owned()));
+        if !request.headers.iter().any(|(name, _)| name == "content-type") {
+            request = request.with("content-type", "application/json");
         }
         let text = value.to_string();
         let content = Content::Bytes(text.as_bytes());
@@ -291,7 +297,7 @@ impl Transfer {
             // A file must come as it is: it is counted, digested and continued by its bytes.
             .header(header::ACCEPT_ENCODING, "identity");
         for (name, value) in &request.headers {
-            builder = builder.header(*name, value);
+            builder = builder.header(name, value);
         }
         if address.origin() == request.address.origin()
             && let Some(secret) = &request.authorization
