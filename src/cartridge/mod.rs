@@ -30,7 +30,7 @@ mod validate;
 mod zip_directory;
 
 pub use artifact::{Cartridge, Generation, KvShape, LayerKv, Provenance};
-pub use config_yaml::{ConfigYaml, read_config_yaml, write_config_yaml};
+pub use config_yaml::{ConfigYaml, config_yaml, read_config_yaml, write_config_yaml};
 pub use error::CartridgeError;
 pub(crate) use format::write_atomically;
 pub use format::{read_cartridge, read_cartridge_bytes};

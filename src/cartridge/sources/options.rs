@@ -3,11 +3,11 @@
 use std::{path::PathBuf, sync::Arc};
 
 use super::{
-    Cached, FileSource, HttpFiles, HuggingFace, Wandb,
+    Cached, FileSource, HttpFiles, HuggingFace, Wandb, not_found,
     transfer::{TimeLimits, Transfer},
 };
 use crate::{
-    cartridge::{Source, Store},
+    cartridge::{CartridgeError, Source, Store},
     limits,
 };
 
@@ -77,6 +77,19 @@ impl Sources {
             (Source::Wandb, Arc::clone(&self.wandb) as Arc<dyn FileSource>),
             (Source::Http, Arc::clone(&self.http) as Arc<dyn FileSource>),
         ]
+    }
+
+    /// As [`Cached::fetch`], of the source that is named.
+    ///
+    /// # Errors
+    /// Those of [`Cached::fetch`]; [`CartridgeError::NotFound`] for [`Source::Local`].
+    pub fn fetch(&self, source: Source, id: &str) -> Result<(), CartridgeError> {
+        match source {
+            Source::Huggingface => self.huggingface.fetch(id),
+            Source::Wandb => self.wandb.fetch(id),
+            Source::Http => self.http.fetch(id),
+            Source::Local => Err(not_found(id)),
+        }
     }
 
     /// Ends what is under way, so that a process that ends does not wait for a source.

@@ -96,7 +96,9 @@ impl Wandb {
         };
         let parts: Vec<&str> = path.split('/').collect();
         let is_part = |part: &&str| {
-            !part.is_empty() && part.chars().all(|c| c.is_alphanumeric() || "-_. ".contains(c))
+            !part.is_empty()
+                && !part.starts_with('.')
+                && part.chars().all(|c| c.is_alphanumeric() || "-_. ".contains(c))
         };
         let owned = |parts: [&str; 3]| parts.map(str::to_owned);
         let [entity, project, run] = match &parts[..] {
