@@ -182,3 +182,30 @@ pub const MAX_CONCURRENT_UPLOADS: usize = 4;
 pub const ABANDONED_UPLOAD_SECONDS: u64 = 24 * 60 * 60;
 /// Bytes of host memory for cartridges that had to leave a GPU, unless configured.
 pub const DEFAULT_HOST_CACHE_BYTES: u64 = 8 << 30;
+/// Bytes of cartridges kept in the disk cache, unless configured; the least recently used leave first.
+pub const DEFAULT_CARTRIDGE_CACHE_BYTES: u64 = 64 << 30;
+/// Bytes of a record of the disk cache; a larger one counts as absent. It holds a `config.yaml`, escaped.
+pub const MAX_CACHE_RECORD_BYTES: u64 = 8 << 20;
+/// Seconds after which an interrupted download that nobody resumed, or a temporary file, is removed from
+/// the disk cache.
+pub const CACHE_LEFTOVER_SECONDS: u64 = 7 * 24 * 3600;
+/// Seconds between two notes in the disk cache that a cartridge is in use.
+pub const CACHE_USE_SECONDS: u64 = 60;
+/// Seconds a process waits for another one that is changing the disk cache; then the load is told to retry.
+pub const CACHE_LOCK_SECONDS: u64 = 60;
+/// Seconds a source may take to accept a connection (name lookup, TCP, TLS), unless configured.
+pub const DEFAULT_SOURCE_CONNECT_SECONDS: u64 = 10;
+/// Seconds a source may send nothing, unless configured.
+pub const DEFAULT_SOURCE_IDLE_SECONDS: u64 = 30;
+/// Seconds one fetch of a cartridge may take in all, retries included, unless configured.
+pub const DEFAULT_SOURCE_TOTAL_SECONDS: u64 = 3600;
+/// Times one request is sent to a source that fails in passing (429, 5xx, a connection that is cut).
+pub const MAX_SOURCE_TRIES: u32 = 5;
+/// Milliseconds before the second of them; each further one waits twice as long.
+pub const SOURCE_BACK_OFF_MILLIS: u64 = 500;
+/// Redirects followed for one request.
+pub const MAX_SOURCE_REDIRECTS: usize = 5;
+/// Bytes of a reply of a source's API, such as the list of a repository's files.
+pub const MAX_SOURCE_REPLY_BYTES: u64 = 16 << 20;
+/// Pages of a W&B run's list of files (200 files each).
+pub const MAX_WANDB_FILE_PAGES: usize = 50;

@@ -31,7 +31,7 @@ fn broken() -> CartridgeError {
 
 #[tokio::test]
 async fn memory_then_the_folder_then_the_cache_then_the_source() {
-    let Sources { registry, local, hub, .. } = sources(8);
+    let Fakes { registry, local, hub, .. } = sources(8);
     let generation = |seed| cartridge(seed).generation();
     hub.put("a", Ok(cartridge(1.)));
     let lease = registry.acquire(&from(Huggingface, "a")).await.unwrap();
@@ -51,7 +51,7 @@ async fn memory_then_the_folder_then_the_cache_then_the_source() {
     registry.insert("a", cartridge(4.)).unwrap();
     let lease = registry.acquire(&forced_from(Huggingface, "a")).await.unwrap();
     assert_eq!((lease.generation(), hub.fetches()), (generation(4.), 3));
-    // Sources that this registry was not given are not asked.
+    // Fakes that this registry was not given are not asked.
     let error = registry.acquire(&from(Source::Http, "b")).await.unwrap_err();
     assert!(error.to_string().contains("`source` = `http`"), "{error}");
     let error = registry.acquire(&cartridge_support::local("b")).await.unwrap_err();
@@ -62,7 +62,7 @@ async fn memory_then_the_folder_then_the_cache_then_the_source() {
 /// Case 9: one id in two sources, and ids that are written alike.
 #[tokio::test]
 async fn the_same_id_in_two_sources_never_mixes() {
-    let Sources { registry, local, hub, wandb } = sources(8);
+    let Fakes { registry, local, hub, wandb } = sources(8);
     hub.put("org/a", Ok(cartridge(1.)));
     hub.put("org-a", Ok(cartridge(2.)));
     wandb.put("org/a", Ok(cartridge(3.)));
@@ -83,7 +83,7 @@ async fn the_same_id_in_two_sources_never_mixes() {
 /// Case 7: a herd on a cold id.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn sixty_four_first_uses_of_a_remote_cartridge_are_one_fetch() {
-    let Sources { registry, hub, .. } = sources(8);
+    let Fakes { registry, hub, .. } = sources(8);
     hub.put("a", Ok(cartridge(1.)));
     let gate = hub.close("a");
     let herd: Vec<_> = (0..64).map(|_| ask(&registry, from(Huggingface, "a"))).collect();
@@ -99,7 +99,7 @@ async fn sixty_four_first_uses_of_a_remote_cartridge_are_one_fetch() {
 /// Case 6, and SkyRL#1606: every item of a batch says `force_redownload`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_forced_batch_is_one_fetch() {
-    let Sources { registry, hub, .. } = sources(8);
+    let Fakes { registry, hub, .. } = sources(8);
     hub.put("a", Ok(cartridge(1.)));
     registry.acquire(&from(Huggingface, "a")).await.unwrap();
     hub.put("a", Ok(cartridge(2.)));
@@ -115,7 +115,7 @@ async fn a_forced_batch_is_one_fetch() {
 /// A fetch that began long before a forced request may bring what was there before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_forced_request_does_not_join_an_old_fetch() {
-    let Sources { registry, hub, .. } = sources(8);
+    let Fakes { registry, hub, .. } = sources(8);
     hub.put("a", Ok(cartridge(1.)));
     let gate = hub.close("a");
     let early = ask(&registry, from(Huggingface, "a"));
@@ -133,7 +133,7 @@ async fn a_forced_request_does_not_join_an_old_fetch() {
 /// Cases 7 and 8: a herd on an id that fails asks once, and who comes later is told without asking again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_failed_fetch_is_remembered_for_a_while_and_force_goes_past_that() {
-    let Sources { registry, local, hub, .. } = sources(8);
+    let Fakes { registry, local, hub, .. } = sources(8);
     hub.put("a", Err(broken()));
     let gate = hub.close("a");
     let herd: Vec<_> = (0..64).map(|_| ask(&registry, from(Huggingface, "a"))).collect();
@@ -165,7 +165,7 @@ async fn a_failed_fetch_is_remembered_for_a_while_and_force_goes_past_that() {
 /// What is there is served when its source is down, but never to who asked for the present content.
 #[tokio::test]
 async fn a_failed_forced_fetch_is_an_error_and_the_cached_generation_stays() {
-    let Sources { registry, hub, .. } = sources(8);
+    let Fakes { registry, hub, .. } = sources(8);
     hub.put("a", Ok(cartridge(1.)));
     let before = registry.acquire(&from(Huggingface, "a")).await.unwrap();
     hub.put("a", Err(broken()));
@@ -182,7 +182,7 @@ async fn a_failed_forced_fetch_is_an_error_and_the_cached_generation_stays() {
 /// What is wrong with fetched content is told like that of a file; it is not taken for the source's fault.
 #[tokio::test]
 async fn a_fetched_cartridge_of_another_model_is_refused() {
-    let Sources { registry, hub, .. } = sources(8);
+    let Fakes { registry, hub, .. } = sources(8);
     let one_layer = Cartridge::new(cartridge(1.).layers()[..1].to_vec(), 0, Provenance::default());
     hub.put("a", Ok(one_layer.unwrap()));
     for _ in 0..2 {
@@ -198,7 +198,7 @@ async fn a_fetched_cartridge_of_another_model_is_refused() {
 /// and no more of their fetches wait than a limit.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn hanging_fetches_hold_up_nobody_else() {
-    let Sources { registry, local, hub, wandb } = sources(200);
+    let Fakes { registry, local, hub, wandb } = sources(200);
     hub.put("fetched", Ok(cartridge(9.)));
     registry.acquire(&from(Huggingface, "fetched")).await.unwrap();
     let ids: Vec<String> =
@@ -231,7 +231,7 @@ async fn hanging_fetches_hold_up_nobody_else() {
 /// Case 2: abort while it is still being fetched.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_fetch_and_its_load_survive_the_one_who_asked() {
-    let Sources { registry, hub, .. } = sources(1);
+    let Fakes { registry, hub, .. } = sources(1);
     hub.put("a", Ok(cartridge(1.)));
     let gate = hub.close("a");
     let asked = ask(&registry, from(Huggingface, "a"));

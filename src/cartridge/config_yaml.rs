@@ -177,11 +177,11 @@ impl<'de> Visitor<'de> for NodeSeed {
     }
 }
 
-/// Writes the `config.yaml` that stock servers want beside a cartridge, as `path`.
+/// The `config.yaml` that stock servers want beside a cartridge.
 ///
 /// # Errors
-/// [`CartridgeError::Io`].
-pub fn write_config_yaml(path: &Path, cartridge: &Cartridge) -> Result<(), CartridgeError> {
+/// [`CartridgeError::Invalid`].
+pub fn config_yaml(cartridge: &Cartridge) -> Result<String, CartridgeError> {
     let mut config = json!({
         "kv_cache_initializer": {
             "max_tokens": cartridge.tokens(),
@@ -191,8 +191,16 @@ pub fn write_config_yaml(path: &Path, cartridge: &Cartridge) -> Result<(), Cartr
     if let Some(model) = &cartridge.provenance().model {
         config["model"] = json!({ "pretrained_model_name_or_path": model });
     }
-    let text = serde_yaml_ng::to_string(&config)
-        .map_err(|e| CartridgeError::invalid(format!("config.yaml cannot be written: {e}")))?;
+    serde_yaml_ng::to_string(&config)
+        .map_err(|e| CartridgeError::invalid(format!("config.yaml cannot be written: {e}")))
+}
+
+/// Writes [`config_yaml`] as `path`.
+///
+/// # Errors
+/// [`CartridgeError::Io`].
+pub fn write_config_yaml(path: &Path, cartridge: &Cartridge) -> Result<(), CartridgeError> {
+    let text = config_yaml(cartridge)?;
     write_atomically(path, |file| {
         use std::io::Write;
         file.write_all(text.as_bytes()).map_err(|e| CartridgeError::io("write the file", &e))

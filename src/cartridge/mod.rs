@@ -28,6 +28,7 @@ mod safetensors_file;
 mod sanitize;
 mod sources;
 mod staging;
+mod store;
 mod torch_file;
 mod torch_layout;
 mod torch_view;
@@ -36,7 +37,7 @@ mod validate;
 mod zip_directory;
 
 pub use artifact::{Cartridge, Generation, KvShape, LayerKv, Provenance};
-pub use config_yaml::{ConfigYaml, read_config_yaml, write_config_yaml};
+pub use config_yaml::{ConfigYaml, config_yaml, read_config_yaml, write_config_yaml};
 pub use error::CartridgeError;
 pub(crate) use format::write_atomically;
 pub use format::{read_cartridge, read_cartridge_bytes, read_cartridge_from};
@@ -47,6 +48,10 @@ pub use reference::{CartridgeRef, Origin, Source};
 pub use registry::{CartridgeInfo, Registry, RegistryOptions, RegistryStats, Tier};
 pub use safetensors_file::{write_safetensors, write_safetensors_to};
 pub use sanitize::folder_name;
-pub use sources::{FileSource, LocalFolder, RemoteSource, Stamp};
+pub use sources::{
+    Cached, Fetch, FileSource, HttpFiles, HubId, HuggingFace, LocalFolder, Piece, Remote,
+    RemoteSource, RunId, Sources, SourcesOptions, Stamp, Wandb, transfer,
+};
+pub use store::{Record, Store};
 pub use torch_write::{Naming, TorchStyle, write_torch, write_torch_to};
 pub use validate::{provenance_warnings, validate};

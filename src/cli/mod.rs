@@ -13,6 +13,7 @@ mod error;
 mod eval;
 mod runtime;
 mod serve;
+mod sources;
 mod synthesize;
 mod train;
 
@@ -52,8 +53,11 @@ pub fn main() -> ExitCode {
         _ => "warn",
     };
     let filter = EnvFilter::try_from_env("CARTOUCHE_LOG");
+    let filter = filter.unwrap_or_else(|_| EnvFilter::new(default_level));
+    // The HTTP client writes signed addresses at `trace`.
+    let quiet = ["ureq=info", "ureq_proto=info"].into_iter().filter_map(|text| text.parse().ok());
     tracing_subscriber::fmt()
-        .with_env_filter(filter.unwrap_or_else(|_| EnvFilter::new(default_level)))
+        .with_env_filter(quiet.fold(filter, EnvFilter::add_directive))
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         // It would tell on the very output that failed, and panic.

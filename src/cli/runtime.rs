@@ -8,9 +8,12 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::sources::SourceFlags;
 use super::{CliError, device};
 use crate::api::ServedModel;
-use crate::cartridge::{Cartridge, Lease, Registry, RegistryOptions, read_cartridge_bytes};
+use crate::cartridge::{
+    Cartridge, Lease, LocalFolder, Registry, RegistryOptions, Sources, read_cartridge_bytes,
+};
 use crate::engine::{EngineHandle, EngineOptions};
 use crate::model::{Decoder, LoadOptions, ModelSource};
 use crate::text::llama3_cartridge_prompt;
@@ -78,6 +81,9 @@ pub struct RuntimeOptions {
     /// MiB of the largest cartridge file that is read [default: 8192]
     #[arg(long, env = "CARTOUCHE_MAX_CARTRIDGE_FILE_MIB")]
     pub max_cartridge_file_mib: Option<u64>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub sources: SourceFlags,
 }
 
 /// A loaded model, ready to generate.
@@ -88,6 +94,8 @@ pub struct Runtime {
     /// The very weights the engine computes with.
     pub decoder: Decoder,
     pub registry: Arc<Registry>,
+    /// Where the registry fetches from; stopped when the process ends, so that it waits for no source.
+    pub sources: Sources,
     pub weight_bytes: u64,
 }
 
@@ -118,6 +126,11 @@ impl RuntimeOptions {
             .map_err(|e| CliError::Usage(format!("--threads {threads}: {e}")))
     }
 
+    /// The places cartridges are fetched from, for the registry.
+    pub fn sources(&self) -> Result<Sources, CliError> {
+        self.sources.open(self.max_cartridge_file_mib.map(mib))
+    }
+
     fn engine_options(&self) -> EngineOptions {
         let default = EngineOptions::default();
         EngineOptions {
@@ -142,11 +155,13 @@ impl RuntimeOptions {
     pub fn start(&self) -> Result<Runtime, CliError> {
         let source = self.source()?;
         let options = self.load_options()?;
+        let sources = self.sources()?;
         let loaded = model::load(&source, &options)?;
         let config = loaded.decoder.config().clone();
         let weight_bytes = loaded.decoder.weight_bytes();
-        let registry = Registry::new(RegistryOptions {
-            dir: Some(self.cartridge_dir.clone().unwrap_or_else(|| PathBuf::from("cartridges"))),
+        let dir = self.cartridge_dir.clone().unwrap_or_else(|| PathBuf::from("cartridges"));
+        let registry_options = RegistryOptions {
+            dir: Some(dir.clone()),
             shape: config.kv_shape(),
             model: loaded.name.clone(),
             rope_theta: Some(config.rope_theta),
@@ -164,7 +179,9 @@ impl RuntimeOptions {
                 .max_cartridge_file_mib
                 .map_or(limits::DEFAULT_MAX_CARTRIDGE_FILE_BYTES, mib),
             revalidate: Duration::from_millis(limits::DEFAULT_REVALIDATE_MILLISECONDS),
-        });
+        };
+        let local = Arc::new(LocalFolder::new(dir));
+        let registry = Registry::with_sources(registry_options, Some(local), sources.list());
         if source == ModelSource::Demo {
             for document in demo::DOCUMENTS {
                 let cartridges = [
@@ -185,7 +202,7 @@ impl RuntimeOptions {
             eos_token_ids: loaded.eos_token_ids,
             is_llama3: loaded.is_llama3,
         });
-        Ok(Runtime { source, model, engine, decoder, registry, weight_bytes })
+        Ok(Runtime { source, model, engine, decoder, registry, sources, weight_bytes })
     }
 }
 

@@ -156,6 +156,7 @@ async fn serve(
     let shutdown = Shutdown::default();
     tokio::spawn(watch_signals(shutdown.clone()));
     api::serve(listener, router, state, options, shutdown).await;
+    runtime.sources.stop();
     Ok(())
 }
 

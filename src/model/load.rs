@@ -164,6 +164,21 @@ fn assemble(
     LoadedModel { name, decoder, tokenizer, chat_template, eos_token_ids, is_llama3 }
 }
 
+/// What a model says of itself; no weight is read, nor downloaded if it is no `.gguf` file.
+///
+/// # Errors
+/// Those of [`load`].
+pub fn load_config(source: &ModelSource) -> Result<ModelConfig, ModelError> {
+    let files = source.files()?;
+    match source.gguf(&files)? {
+        Some(path) => Ok(GgufFile::open(&path)?.config()),
+        None => {
+            let config = files.require("config.json")?;
+            ModelConfig::from_json(&config, &files.describe("config.json"))
+        }
+    }
+}
+
 /// The decoder alone, for tools that bring their own token ids.
 pub fn load_decoder(source: &ModelSource, options: &LoadOptions) -> Result<Decoder, ModelError> {
     let files = source.files()?;

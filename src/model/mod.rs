@@ -21,7 +21,7 @@ pub use config::{Architecture, Biases, ModelConfig};
 pub use decoder::Decoder;
 pub use error::ModelError;
 pub(crate) use layer::{Chosen, Trace};
-pub use load::{LoadOptions, LoadedModel, Quantize, load, load_decoder};
+pub use load::{LoadOptions, LoadedModel, Quantize, load, load_config, load_decoder};
 pub use prefill::prefill;
 pub(crate) use random::noise;
 pub use random::random;

@@ -136,14 +136,14 @@ impl RemoteSource for FakeRemote {
 }
 
 /// A registry with a local folder and two remote sources, all in memory.
-pub struct Sources {
+pub struct Fakes {
     pub registry: Arc<Registry>,
     pub local: Arc<Fake>,
     pub hub: Arc<FakeRemote>,
     pub wandb: Arc<FakeRemote>,
 }
 
-pub fn sources(cartridges: u64) -> Sources {
+pub fn sources(cartridges: u64) -> Fakes {
     let (local, hub, wandb) = (Arc::<Fake>::default(), Arc::default(), Arc::default());
     let registry = Registry::with_sources(
         options(cartridges),
@@ -153,7 +153,7 @@ pub fn sources(cartridges: u64) -> Sources {
             (Source::Wandb, Arc::<FakeRemote>::clone(&wandb) as Arc<dyn RemoteSource>),
         ],
     );
-    Sources { registry, local, hub, wandb }
+    Fakes { registry, local, hub, wandb }
 }
 
 /// Asks in a task of its own.

@@ -1,15 +1,29 @@
 //! Where cartridge files come from. Everything here blocks and is called on threads that may.
 
+mod cached;
+mod choose;
+mod http;
+mod huggingface;
 mod local;
 mod local_write;
+mod options;
+mod push;
+pub mod transfer;
+mod wandb;
 
 use std::{fs::Metadata, time::SystemTime};
 
 use super::{CartridgeError, Intake};
 
+pub use cached::{Cached, Fetch, Remote};
+pub use http::HttpFiles;
+pub use huggingface::{HubId, HuggingFace};
 pub use local::LocalFolder;
 pub(super) use local::not_found;
 pub(super) use local_write::NewFiles;
+pub use options::{Sources, SourcesOptions};
+pub use push::Piece;
+pub use wandb::{RunId, Wandb};
 
 /// Tells one state of a file from another: replacing or rewriting a file changes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
