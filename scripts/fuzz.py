@@ -40,7 +40,7 @@ def main():
         # An input that fails ends here: there is no report of a run that found something.
         subprocess.run(command, cwd=ROOT, env=env, check=True)
         rows = [next(csv.DictReader([",".join(COLUMNS), path.read_text()])) for path in sorted(Path(folder).glob("*.csv"))]
-        kinds = {path.stem: path.read_text().splitlines() for path in Path(folder).glob("*.kinds")}
+        kinds = {path.stem: path.read_text().strip().split("\n") for path in Path(folder).glob("*.kinds")}
     write(args, rows, kinds)
 
 
