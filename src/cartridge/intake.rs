@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::{
     Cartridge, CartridgeError, Generation, KvShape, LayerKv, Provenance, artifact::TENSORS,
-    digest::ContentDigest, validate::check_tensor_finite,
+    digest::Digesting, layout, validate::check_tensor_finite,
 };
 use crate::limits;
 
@@ -164,8 +164,8 @@ struct Taking {
     outline: Outline,
     keep: Keep,
     provenance: Provenance,
-    digest: ContentDigest,
-    /// Of a cartridge that knows what it is; its content is not digested again.
+    /// Nothing once it is known, or if the cartridge knows what it is.
+    digest: Option<Digesting>,
     known: Option<Generation>,
     /// Places still to come, the next one last.
     places: Vec<(usize, &'static str)>,
@@ -202,7 +202,7 @@ impl<'a> Intake<'a> {
     ) -> Result<(), CartridgeError> {
         outline.check()?;
         let keep = (self.admit)(&outline)?;
-        let digest = ContentDigest::new(&outline);
+        let digest = Some(Digesting::new(&outline));
         let mut places: Vec<_> = outline.places().collect();
         places.reverse();
         let kept = Vec::new();
@@ -221,12 +221,20 @@ impl<'a> Intake<'a> {
         taking.outline.check_tensor(layer, name, tensor.dims(), tensor.dtype())?;
         // Attention reads rows one after the other; it would fail for all that share a step.
         let tensor = tensor.contiguous().map_err(|e| CartridgeError::tensor(&e))?;
-        if taking.known.is_none() {
-            taking.digest.update(&tensor)?;
+        if let Some(digest) = &mut taking.digest {
+            digest.update(&tensor)?;
         }
         let kept = match &taking.keep {
             Keep::Nothing => return Ok(()),
             Keep::AsStored => tensor,
+            Keep::As(Device::Cpu, DType::F32) | Keep::Checked(Device::Cpu, DType::F32)
+                if name != "bias" =>
+            {
+                match layout::to_f32(&tensor, name == "keys")? {
+                    Some(placed) => placed,
+                    None => return Err(not_finite(layer, name, &tensor)),
+                }
+            }
             Keep::As(device, dtype) | Keep::Checked(device, dtype) => {
                 check_tensor_finite(layer, name, &tensor)?;
                 let dtype = if name == "bias" { DType::F32 } else { *dtype };
@@ -250,13 +258,14 @@ impl<'a> Intake<'a> {
     /// # Errors
     /// [`CartridgeError::Invalid`] if some of it did not come.
     pub fn end(&mut self) -> Result<Generation, CartridgeError> {
-        let taking = self.taking.as_ref().ok_or_else(not_announced)?;
-        match taking.places.last() {
-            None => Ok(taking.known.unwrap_or_else(|| taking.digest.clone().finish())),
-            Some((i, name)) => {
-                Err(CartridgeError::invalid(format!("layer {i}: {name} are missing")))
-            }
+        let taking = self.taking.as_mut().ok_or_else(not_announced)?;
+        if let Some((i, name)) = taking.places.last() {
+            return Err(CartridgeError::invalid(format!("layer {i}: {name} are missing")));
         }
+        if let Some(digest) = taking.digest.take() {
+            taking.known = Some(digest.finish()?);
+        }
+        taking.known.ok_or_else(not_announced)
     }
 
     /// Takes in a cartridge that is in memory. It keeps its generation, also if it was converted.
@@ -267,7 +276,7 @@ impl<'a> Intake<'a> {
         let outline = Outline::of(cartridge.layers(), cartridge.frozen_tokens())?;
         self.begin(outline, cartridge.provenance().clone())?;
         if let Some(taking) = &mut self.taking {
-            taking.known = Some(cartridge.generation());
+            (taking.digest, taking.known) = (None, Some(cartridge.generation()));
         }
         for tensor in cartridge.layers().iter().flat_map(LayerKv::tensors) {
             self.tensor(tensor)?;
@@ -315,6 +324,12 @@ impl<'a> Intake<'a> {
     pub fn into_cartridge(self) -> Result<Cartridge, CartridgeError> {
         self.finish()?.1.ok_or_else(not_announced)
     }
+}
+
+/// Says which number it is.
+fn not_finite(layer: usize, name: &str, tensor: &Tensor) -> CartridgeError {
+    let found = check_tensor_finite(layer, name, tensor);
+    found.err().unwrap_or_else(|| CartridgeError::invalid("a number is not finite"))
 }
 
 /// A reader that does not keep to the order of the three steps.

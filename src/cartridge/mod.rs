@@ -13,6 +13,7 @@ mod flights;
 mod format;
 mod host_tier;
 mod intake;
+mod layout;
 mod lease;
 mod lookup;
 mod manage;

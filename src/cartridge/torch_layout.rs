@@ -13,7 +13,7 @@ use super::{
     artifact::tensor_from_bytes,
     pickle_value::{Node, Pickle, TensorRef, Value, entry},
     torch_file::Records,
-    torch_view::{check_view, copy_row, dims, element_type},
+    torch_view::{check_view, copy_head, dims, element_type},
 };
 use crate::limits;
 
@@ -249,10 +249,8 @@ impl Layout {
                 };
                 let tokens = view.size[2] as usize;
                 for head in 0..dims[0] {
-                    for token in 0..tokens {
-                        let start = (head * dims[1] + first_token + token) * row;
-                        copy_row(view, head, token, width, &data, &mut out[start..start + row]);
-                    }
+                    let start = (head * dims[1] + first_token) * row;
+                    copy_head(view, head, width, &data, &mut out[start..][..tokens * row]);
                 }
                 first_token += tokens;
                 storage.uses -= 1;

@@ -7,23 +7,24 @@ use super::{
     pickle_value::{Element, TensorRef},
 };
 
-/// One token of one head; [`check_view`] made sure that all of it lies inside `data`.
-pub(super) fn copy_row(
-    view: &TensorRef,
-    head: usize,
-    token: usize,
-    width: usize,
-    data: &[u8],
-    out: &mut [u8],
-) {
+/// All tokens of one head, one after the other; [`check_view`] made sure that all of them lie inside `data`.
+pub(super) fn copy_head(view: &TensorRef, head: usize, width: usize, data: &[u8], out: &mut [u8]) {
     let stride = |axis: usize| view.stride[axis] as usize;
-    let start = view.offset as usize + head * stride(1) + token * stride(2);
-    if stride(3) == 1 {
+    let (tokens, numbers) = (view.size[2] as usize, view.size[3] as usize);
+    let start = view.offset as usize + head * stride(1);
+    if stride(3) == 1 && (stride(2) == numbers || tokens == 1) {
         out.copy_from_slice(&data[start * width..][..out.len()]);
         return;
     }
-    for (i, number) in out.chunks_exact_mut(width).enumerate() {
-        number.copy_from_slice(&data[(start + i * stride(3)) * width..][..width]);
+    for (token, row) in out.chunks_exact_mut(numbers * width).enumerate() {
+        let start = start + token * stride(2);
+        if stride(3) == 1 {
+            row.copy_from_slice(&data[start * width..][..row.len()]);
+            continue;
+        }
+        for (i, number) in row.chunks_exact_mut(width).enumerate() {
+            number.copy_from_slice(&data[(start + i * stride(3)) * width..][..width]);
+        }
     }
 }
 

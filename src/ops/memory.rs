@@ -48,3 +48,20 @@ impl<T: Pod> DerefMut for Pages<T> {
         bytemuck::cast_slice_mut(&mut self.map[..self.len * size_of::<T>()])
     }
 }
+
+/// Asks for huge pages for memory that was not touched yet. Without, the page faults of what is about to be
+/// written there are a large part of writing it.
+pub(crate) fn prefer_huge_pages<T: Pod>(memory: &mut [T]) {
+    #[cfg(target_os = "linux")]
+    {
+        const PAGE: usize = 4096;
+        let start = (memory.as_mut_ptr() as usize).next_multiple_of(PAGE);
+        let end = (memory.as_mut_ptr() as usize + size_of_val(memory)) / PAGE * PAGE;
+        if end.saturating_sub(start) >= 2 << 20 {
+            // SAFETY: whole pages inside memory that is lent for writing, whose content this does not change. A
+            // refusal only costs time.
+            unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE) };
+        }
+    }
+    let _ = memory;
+}

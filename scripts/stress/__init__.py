@@ -1,0 +1,1 @@
+"""Parts of scripts/stress_registry.py. Only Python's standard library is needed."""
