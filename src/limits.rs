@@ -140,3 +140,31 @@ pub const MAX_PARQUET_PAGE_HEADER_BYTES: usize = 64 << 10;
 pub const MIN_PARQUET_VALUES: u64 = 4 << 20;
 /// Values of a Parquet file for each of its bytes, beyond [`MIN_PARQUET_VALUES`].
 pub const MAX_PARQUET_VALUES_PER_BYTE: u64 = 16;
+/// API keys of one server; every request is compared with all of them. More is an error of the key file.
+pub const MAX_API_KEYS: usize = 4096;
+/// Bytes of a file of API keys; a larger one is refused.
+pub const MAX_KEY_FILE_BYTES: u64 = 1 << 20;
+/// Characters of an API key: a shorter one is refused where it is configured, a longer one opens nothing.
+pub const MIN_API_KEY_BYTES: usize = 8;
+/// See [`MIN_API_KEY_BYTES`].
+pub const MAX_API_KEY_BYTES: usize = 512;
+/// Bytes of the name of an API key.
+pub const MAX_KEY_NAME_BYTES: usize = 128;
+/// Patterns in the list of cartridges that one API key may name.
+pub const MAX_SCOPE_PATTERNS: usize = 1024;
+/// Bytes of a `cache_salt`; longer is a 400 that names it.
+pub const MAX_CACHE_SALT_BYTES: usize = 512;
+/// Bytes of the body of an admin request other than an upload; larger is a 413.
+pub const MAX_ADMIN_BODY_BYTES: usize = 64 << 10;
+/// Uploads of cartridges at the same time; the next one is answered with 503 and `Retry-After`.
+pub const MAX_CONCURRENT_UPLOADS: usize = 4;
+/// Seconds without a byte of an upload; past it the answer is 408 and what came is deleted.
+pub const UPLOAD_STALL_SECONDS: u64 = 60;
+/// Seconds an upload may take in all: 8 GiB at 20 Mbit/s.
+pub const UPLOAD_SECONDS: u64 = 3600;
+/// Bytes of an upload gathered before they are written.
+pub const UPLOAD_WRITE_BYTES: usize = 1 << 20;
+/// Bytes of a text field of an upload (`id`, `expected_generation`, `if_absent`).
+pub const MAX_UPLOAD_FIELD_BYTES: usize = 4096;
+/// Parts of one multipart upload.
+pub const MAX_UPLOAD_PARTS: usize = 16;

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use axum::{Json, extract::State, http::HeaderValue};
 use serde_json::{Value, json};
 
-use super::{AppState, blocking, error::ApiError, openai::reply::CartridgeUsed};
+use super::{AppState, access::Caller, blocking, error::ApiError, openai::reply::CartridgeUsed};
 use crate::{
-    cartridge::{CartridgeRef, Lease, Registry, Source},
+    cartridge::{CartridgeError, CartridgeRef, Lease, Registry, Source},
     limits,
 };
 
@@ -82,11 +82,29 @@ pub fn collect(
     Ok(all)
 }
 
+/// Refuses what the caller may not ask for. A cartridge of others is told like one that does not exist, and
+/// nothing is looked up to tell it: neither words nor time say whether there is one.
+pub fn check(caller: &Caller, references: &[CartridgeRef]) -> Result<(), ApiError> {
+    for reference in references {
+        if !caller.scope.allows(&reference.id) {
+            return Err(CartridgeError::not_found(&reference.id).into());
+        }
+        if reference.force_redownload && !caller.force_redownload {
+            let message = "this API key may not ask for force_redownload";
+            let error = ApiError::forbidden("force_redownload_forbidden", message);
+            return Err(ApiError { param: Some("cartridges".to_owned()), ..error });
+        }
+    }
+    Ok(())
+}
+
 /// Leases on all of them. Loading runs elsewhere; this only waits.
 pub async fn acquire(
     registry: &Arc<Registry>,
+    caller: &Caller,
     references: &[CartridgeRef],
 ) -> Result<Vec<Lease>, ApiError> {
+    check(caller, references)?;
     let mut leases = Vec::with_capacity(references.len());
     for reference in references {
         let lease = registry.acquire(reference).await?;
@@ -123,8 +141,11 @@ pub fn header(used: &[CartridgeUsed]) -> Option<HeaderValue> {
     if value.is_empty() { None } else { HeaderValue::try_from(value).ok() }
 }
 
-/// `GET /v1/cartridges`. The folder is read, which can take its time.
-pub async fn list(State(state): State<Arc<AppState>>) -> Result<Json<Value>, ApiError> {
+/// `GET /v1/cartridges`: those the caller may name. The folder is read, which can take its time.
+pub async fn list(
+    State(state): State<Arc<AppState>>,
+    caller: Caller,
+) -> Result<Json<Value>, ApiError> {
     let entry = |info| {
         let mut entry = json!({"object": "cartridge"});
         if let (Value::Object(entry), Ok(Value::Object(info))) =
@@ -135,8 +156,11 @@ pub async fn list(State(state): State<Arc<AppState>>) -> Result<Json<Value>, Api
         entry
     };
     let registry = Arc::clone(&state.registry);
-    let data: Vec<Value> =
-        blocking::run(move || Ok(registry.list().into_iter().map(entry).collect())).await?;
+    let data: Vec<Value> = blocking::run(move || {
+        let list = registry.list().into_iter().filter(|info| caller.scope.allows(&info.id));
+        Ok(list.map(entry).collect())
+    })
+    .await?;
     Ok(Json(json!({"object": "list", "data": data})))
 }
 

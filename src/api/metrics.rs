@@ -22,7 +22,7 @@ use metrics_exporter_prometheus::{
     Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
 
-use super::{AppState, router_metrics};
+use super::{AppState, access::Caller, router_metrics};
 use crate::{cartridge::RegistryStats, engine::EngineStats};
 
 const REQUESTS: &str = "cartouche_http_requests_total";
@@ -258,11 +258,11 @@ pub(super) async fn count(
     response
 }
 
-/// `GET /metrics`.
-pub(super) async fn render(State(state): State<Arc<AppState>>) -> Response {
+/// `GET /metrics`. Ids that the caller may not name are left out.
+pub(super) async fn render(State(state): State<Arc<AppState>>, caller: Caller) -> Response {
     let engine = state.engine.stats();
     let mut text = state.metrics.render(engine, state.registry.stats(), state.in_flight.count());
-    router_metrics::append(&mut text, &state, engine);
+    router_metrics::append(&mut text, &state, engine, &caller.scope);
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }
 

@@ -10,7 +10,7 @@ use axum::{
 };
 use candle_core::{DType, Device, Tensor};
 use cartouche::{
-    api::{ApiOptions, AppState, InFlight, Metrics, Readiness, ServedModel, router},
+    api::{Access, ApiOptions, AppState, InFlight, Metrics, Readiness, ServedModel, router},
     cartridge::{Cartridge, LayerKv, Provenance, Registry, RegistryOptions},
     engine::{EngineOptions, start},
     limits,
@@ -86,8 +86,18 @@ impl Server {
 
     pub fn with_cartridge_dir(
         options: ApiOptions,
+        engine: EngineOptions,
+        dir: Option<std::path::PathBuf>,
+    ) -> Self {
+        Self::with_access(options, engine, dir, Access::open(true))
+    }
+
+    /// Each key is sent as `Authorization: Bearer`, see [`Self::ask`].
+    pub fn with_access(
+        options: ApiOptions,
         mut engine: EngineOptions,
         dir: Option<std::path::PathBuf>,
+        access: Access,
     ) -> Self {
         let loaded = load(&ModelSource::Demo, &LoadOptions::default()).unwrap();
         engine.kv_bytes = engine.kv_bytes.min(64 << 20);
@@ -118,6 +128,7 @@ impl Server {
                 is_llama3: loaded.is_llama3,
             }),
             options,
+            access: Arc::new(access),
             ready,
             metrics: Arc::new(Metrics::default()),
             in_flight: Arc::new(InFlight::default()),
@@ -171,6 +182,17 @@ impl Server {
         let request = Request::post(path)
             .header("content-type", "application/json")
             .body(Body::from(body.to_owned()))
+            .unwrap();
+        self.send(request).await
+    }
+
+    /// A request with a key.
+    pub async fn ask(&self, key: &str, method: &str, path: &str, body: Value) -> Reply {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("authorization", format!("Bearer {key}"))
+            .body(Body::from(if body.is_null() { String::new() } else { body.to_string() }))
             .unwrap();
         self.send(request).await
     }
