@@ -156,8 +156,6 @@ pub const MAX_SCOPE_PATTERNS: usize = 1024;
 pub const MAX_CACHE_SALT_BYTES: usize = 512;
 /// Bytes of the body of an admin request other than an upload; larger is a 413.
 pub const MAX_ADMIN_BODY_BYTES: usize = 64 << 10;
-/// Uploads of cartridges at the same time; the next one is answered with 503 and `Retry-After`.
-pub const MAX_CONCURRENT_UPLOADS: usize = 4;
 /// Seconds without a byte of an upload; past it the answer is 408 and what came is deleted.
 pub const UPLOAD_STALL_SECONDS: u64 = 60;
 /// Seconds an upload may take in all: 8 GiB at 20 Mbit/s.
@@ -168,3 +166,23 @@ pub const UPLOAD_WRITE_BYTES: usize = 1 << 20;
 pub const MAX_UPLOAD_FIELD_BYTES: usize = 4096;
 /// Parts of one multipart upload.
 pub const MAX_UPLOAD_PARTS: usize = 16;
+/// Fetches from one remote source at the same time; further ones of it wait, those of others do not.
+pub const MAX_CONCURRENT_FETCHES: usize = 4;
+/// Fetches from one remote source under way or waiting; the next one is answered with 503 and `Retry-After`.
+pub const MAX_PENDING_FETCHES: usize = 64;
+/// Failed fetches that are remembered; past it the one that may be tried again soonest is forgotten.
+pub const MAX_REMEMBERED_FETCH_FAILURES: usize = 1024;
+/// Ids of which the registry knows when their file was looked at last; past it all are looked at again.
+pub const MAX_CHECKED_IDS: usize = 4096;
+/// Milliseconds within which a file is not looked at again, unless configured: a file changed by another
+/// program is served after that time at the latest.
+pub const DEFAULT_REVALIDATE_MILLISECONDS: u64 = 1000;
+/// Milliseconds after the start of a fetch in which `force_redownload` joins it; later ones have another
+/// fetch follow it.
+pub const FORCED_FETCH_JOIN_MILLISECONDS: u64 = 1000;
+/// Uploads of cartridges under way; the next one is answered with 503 and `Retry-After`.
+pub const MAX_CONCURRENT_UPLOADS: usize = 4;
+/// Seconds after which an upload that nobody finished is removed from the cartridge directory.
+pub const ABANDONED_UPLOAD_SECONDS: u64 = 24 * 60 * 60;
+/// Bytes of host memory for cartridges that had to leave a GPU, unless configured.
+pub const DEFAULT_HOST_CACHE_BYTES: u64 = 8 << 30;

@@ -124,7 +124,7 @@ async fn numbers_that_overflow_the_servers_type_are_refused() {
     let fake = Arc::new(Fake::default());
     let options = RegistryOptions { dtype: DType::F16, ..options(1) };
     let files = Some(Arc::clone(&fake) as Arc<dyn FileSource>);
-    let registry = Registry::with_sources(options, files, Arc::new(NoRemote));
+    let registry = Registry::with_sources(options, files, Vec::new());
     fake.put("big", Ok(cartridge(1e6)));
     let error = registry.acquire(&local("big")).await.unwrap_err();
     assert!(error.to_string().contains("not finite"), "{error}");

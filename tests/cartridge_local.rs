@@ -37,6 +37,8 @@ fn registry(dir: &Path) -> Arc<Registry> {
         device: Device::Cpu,
         dtype: DType::F32,
         byte_budget: 1 << 20,
+        host_budget: 0,
+        revalidate: std::time::Duration::ZERO,
         max_file_bytes: 1 << 20,
     })
 }

@@ -45,6 +45,7 @@ impl From<CartridgeError> for ApiError {
             | CartridgeError::Forbidden { .. }
             | CartridgeError::Mismatch { .. }
             | CartridgeError::TooLarge { .. } => (StatusCode::BAD_REQUEST, "invalid_request_error"),
+            CartridgeError::Conflict { .. } => (StatusCode::CONFLICT, "invalid_request_error"),
             CartridgeError::SourceUnavailable { .. } => (StatusCode::BAD_GATEWAY, "server_error"),
             CartridgeError::Busy { .. } => (StatusCode::SERVICE_UNAVAILABLE, "server_error"),
             CartridgeError::Io { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "server_error"),

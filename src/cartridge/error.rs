@@ -38,6 +38,9 @@ pub enum CartridgeError {
     /// rewritten. Retry later.
     #[error("cartridge `{id}` cannot be loaded now: {reason}; retry later")]
     Busy { id: String, reason: String },
+    /// A publication or deletion was to replace something else than what is there.
+    #[error("cartridge `{id}` was left as it is: expected {expected}, found {found}")]
+    Conflict { id: String, expected: String, found: String },
     /// The file could not be opened, read or written.
     #[error("cartridge `{name}`: {reason}")]
     Io { name: String, kind: std::io::ErrorKind, reason: String },
@@ -54,6 +57,7 @@ impl CartridgeError {
             Self::TooLarge { .. } => "cartridge_too_large",
             Self::SourceUnavailable { .. } => "cartridge_source_unavailable",
             Self::Busy { .. } => "cartridge_busy",
+            Self::Conflict { .. } => "cartridge_conflict",
             Self::Io { .. } => "cartridge_io",
         }
     }
@@ -71,12 +75,30 @@ impl CartridgeError {
             Self::InvalidId { id, .. }
             | Self::NotFound { id, .. }
             | Self::SourceUnavailable { id, .. }
+            | Self::Conflict { id, .. }
             | Self::Busy { id, .. } => *id = new.to_owned(),
             Self::Invalid { name, .. }
             | Self::Forbidden { name, .. }
             | Self::Mismatch { name, .. }
             | Self::TooLarge { name, .. }
             | Self::Io { name, .. } => *name = new.to_owned(),
+        }
+        self
+    }
+
+    /// The same error with a remark at the end of its reason, where it has one.
+    pub(super) fn with_note(mut self, note: &str) -> Self {
+        match &mut self {
+            Self::NotFound { hint: reason, .. }
+            | Self::InvalidId { reason, .. }
+            | Self::Invalid { reason, .. }
+            | Self::SourceUnavailable { reason, .. }
+            | Self::Busy { reason, .. }
+            | Self::Io { reason, .. } => *reason += note,
+            Self::Forbidden { .. }
+            | Self::Mismatch { .. }
+            | Self::TooLarge { .. }
+            | Self::Conflict { .. } => {}
         }
         self
     }

@@ -11,7 +11,7 @@ use std::{
 use super::{Cartridge, CartridgeError, Intake, safetensors_file, torch_file};
 
 /// Every zip file with records starts so.
-const ZIP_MAGIC: &[u8] = b"PK\x03\x04";
+pub(super) const ZIP_MAGIC: &[u8] = b"PK\x03\x04";
 
 /// Reads a cartridge file: a torch zip (`.pt`) or safetensors, by its content. Of a larger file
 /// than `max_bytes` nothing is read.
@@ -85,7 +85,7 @@ pub(crate) fn write_atomically(
         let file = file.into_inner().map_err(|e| failed(e.into_error()))?;
         file.sync_all().map_err(failed)?;
         fs::rename(&temporary, path).map_err(failed)?;
-        sync_folder_of(path).map_err(failed)
+        sync_folder(path.parent().unwrap_or(Path::new(""))).map_err(failed)
     };
     written().map_err(|error| {
         // Nothing can be done about a temporary file that cannot be removed.
@@ -94,13 +94,13 @@ pub(crate) fn write_atomically(
     })
 }
 
-/// Makes the rename last. Only Unix lets a folder be synchronised.
-fn sync_folder_of(path: &Path) -> std::io::Result<()> {
+/// Makes renames in a folder last. Only Unix lets a folder be synchronised.
+pub(super) fn sync_folder(folder: &Path) -> std::io::Result<()> {
     #[cfg(unix)]
-    if let Some(folder) = path.parent() {
+    {
         let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
         File::open(folder)?.sync_all()?;
     }
-    let _ = path;
+    let _ = folder;
     Ok(())
 }

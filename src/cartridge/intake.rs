@@ -144,6 +144,8 @@ pub enum Keep {
     AsStored,
     /// Checked to be finite, and converted one by one.
     As(Device, DType),
+    /// The same, but each is dropped at once: there is no room.
+    Checked(Device, DType),
     /// Only digested: there is no room, but the content may be in memory already.
     Nothing,
 }
@@ -225,7 +227,7 @@ impl<'a> Intake<'a> {
         let kept = match &taking.keep {
             Keep::Nothing => return Ok(()),
             Keep::AsStored => tensor,
-            Keep::As(device, dtype) => {
+            Keep::As(device, dtype) | Keep::Checked(device, dtype) => {
                 check_tensor_finite(layer, name, &tensor)?;
                 let dtype = if name == "bias" { DType::F32 } else { *dtype };
                 let moved = tensor.to_device(device).and_then(|t| t.to_dtype(dtype));
@@ -237,7 +239,9 @@ impl<'a> Intake<'a> {
                 moved
             }
         };
-        taking.kept.push(kept);
+        if !matches!(taking.keep, Keep::Checked(..)) {
+            taking.kept.push(kept);
+        }
         Ok(())
     }
 
@@ -277,13 +281,19 @@ impl<'a> Intake<'a> {
         Some((taking.outline.tokens, &mut taking.provenance))
     }
 
+    /// Once begun: all tokens, the frozen ones, and the facts about the making.
+    pub(super) fn outline_facts(&self) -> Option<(usize, usize, &Provenance)> {
+        let Taking { outline, provenance, .. } = self.taking.as_ref()?;
+        Some((outline.tokens, outline.frozen_tokens, provenance))
+    }
+
     /// The digest and, unless nothing was to be kept, the cartridge.
     pub(super) fn finish(mut self) -> Result<(Generation, Option<Cartridge>), CartridgeError> {
         let generation = self.end()?;
         let taking = self.taking.take().ok_or_else(not_announced)?;
         let Taking { outline, keep, provenance, kept, .. } = taking;
         let dtype = match keep {
-            Keep::Nothing => return Ok((generation, None)),
+            Keep::Nothing | Keep::Checked(..) => return Ok((generation, None)),
             Keep::AsStored => outline.dtype,
             Keep::As(_, dtype) => dtype,
         };

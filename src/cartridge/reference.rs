@@ -13,6 +13,8 @@ pub enum Source {
     Local,
     /// A Hugging Face model repository.
     Huggingface,
+    /// A URL, where the operator allows its host.
+    Http,
 }
 
 /// Where a listed cartridge comes from.
@@ -24,6 +26,21 @@ pub enum Origin {
     Memory,
     /// A file below the cartridge directory.
     Local,
+    /// Fetched from there, and kept in the cache on disk.
+    Wandb,
+    Huggingface,
+    Http,
+}
+
+impl From<Source> for Origin {
+    fn from(source: Source) -> Self {
+        match source {
+            Source::Local => Self::Local,
+            Source::Wandb => Self::Wandb,
+            Source::Huggingface => Self::Huggingface,
+            Source::Http => Self::Http,
+        }
+    }
 }
 
 /// One entry of a request's `cartridges` list. Unknown keys are ignored, as in Tokasaurus.
@@ -32,7 +49,8 @@ pub struct CartridgeRef {
     pub id: String,
     #[serde(default)]
     pub source: Source,
-    /// Read the file again and serve its present content from this request on.
+    /// Fetch it again from a remote `source`, or else read the local file again, and serve its present
+    /// content from this request on.
     #[serde(default)]
     pub force_redownload: bool,
 }
@@ -43,6 +61,7 @@ impl std::fmt::Display for Source {
             Self::Wandb => "wandb",
             Self::Local => "local",
             Self::Huggingface => "huggingface",
+            Self::Http => "http",
         })
     }
 }

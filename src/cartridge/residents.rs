@@ -1,16 +1,19 @@
-//! The registry's books: which names point at which generations, what is in memory, what may be
-//! evicted.
+//! The registry's books: what is in memory, under which names, and what may be evicted.
 //!
 //! Pure data, changed under one lock; no I/O and no tensors are made here.
 
 use std::{
     collections::HashMap,
     sync::{Arc, Weak},
+    time::{Duration, Instant},
 };
 
 use super::{
-    Cartridge, CartridgeError, CartridgeInfo, Generation, Origin, Outline, RegistryStats, Stamp,
+    Cartridge, CartridgeError, CartridgeInfo, Generation, Origin, Outline, RegistryStats, Source,
+    Stamp, Tier,
     error::UNNAMED,
+    host_tier::HostTier,
+    names::{NameKey, Names},
 };
 
 pub(super) struct Residents {
@@ -19,20 +22,21 @@ pub(super) struct Residents {
     reserved: u64,
     /// Counts uses; the smallest `used` is evicted first.
     clock: u64,
-    /// Ids registered by this process; their generations are pinned.
-    inserted: HashMap<String, Generation>,
-    /// Loaded files, by folder name (several ids can lead to one folder).
-    files: HashMap<String, FileName>,
+    pub names: Names,
     held: HashMap<Generation, Held>,
-    loads: u64,
-    load_failures: u64,
-    evictions: u64,
+    host: HostTier,
+    pub counts: Counts,
 }
 
-struct FileName {
-    id: String,
-    generation: Generation,
-    stamp: Stamp,
+/// What happened since the start.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Counts {
+    pub loads: u64,
+    pub load_failures: u64,
+    pub evictions: u64,
+    pub restores: u64,
+    pub fetches: u64,
+    pub fetch_failures: u64,
 }
 
 struct Held {
@@ -42,12 +46,6 @@ struct Held {
     /// The last name it had, for the list.
     id: String,
     origin: Origin,
-}
-
-impl Held {
-    fn is_kept(&self) -> bool {
-        matches!(self.memory, Memory::Kept(_))
-    }
 }
 
 enum Memory {
@@ -72,56 +70,80 @@ impl Memory {
             Self::Retired(cartridge) => cartridge.upgrade(),
         }
     }
+
+    fn is_alive(&self) -> bool {
+        matches!(self, Self::Kept(_)) || self.leases() > 0
+    }
+}
+
+/// What was evicted to make room, and is to be copied to host memory before the room is used.
+#[derive(Default)]
+pub(super) struct Leaving {
+    pub cartridges: Vec<Arc<Cartridge>>,
+    /// Bytes that are promised to nobody else until then, to be released afterwards.
+    pub surplus: u64,
 }
 
 impl Residents {
-    pub fn new(budget: u64) -> Self {
-        let (inserted, files, held) = (HashMap::new(), HashMap::new(), HashMap::new());
-        let (loads, load_failures, evictions) = (0, 0, 0);
-        Self {
-            budget,
-            reserved: 0,
-            clock: 0,
-            inserted,
-            files,
-            held,
-            loads,
-            load_failures,
-            evictions,
-        }
-    }
-
-    /// Counts a load by how it ended.
-    pub fn count_load(&mut self, succeeded: bool) {
-        let count = if succeeded { &mut self.loads } else { &mut self.load_failures };
-        *count += 1;
+    /// `host_budget` is 0 where there is no second tier.
+    pub fn new(budget: u64, host_budget: u64) -> Self {
+        let (names, host) = (Names::new(), HostTier::new(host_budget));
+        let (reserved, clock, counts) = (0, 0, Counts::default());
+        Self { budget, reserved, clock, names, held: HashMap::new(), host, counts }
     }
 
     /// A reading for the metrics.
     pub fn stats(&self) -> RegistryStats {
-        let alive = || self.held.values().filter(|held| held.memory.leases() > 0 || held.is_kept());
+        let alive = || self.held.values().filter(|held| held.memory.is_alive());
+        let Counts { loads, load_failures, evictions, restores, fetches, fetch_failures } =
+            self.counts;
         RegistryStats {
             resident: alive().count(),
             bytes: alive().map(|held| held.bytes).sum(),
             budget: self.budget,
             leases: self.held.values().map(|held| held.memory.leases()).sum(),
-            loads: self.loads,
-            load_failures: self.load_failures,
-            evictions: self.evictions,
+            host: self.host.len(),
+            host_bytes: self.host.bytes(),
+            host_budget: self.host.budget(),
+            loads,
+            load_failures,
+            evictions,
+            restores,
+            fetches,
+            fetch_failures,
         }
     }
 
     /// The inserted cartridge of an id.
     pub fn inserted(&mut self, id: &str) -> Option<Arc<Cartridge>> {
-        let generation = *self.inserted.get(id)?;
+        let generation = self.names.inserted(id)?;
         self.touch(generation)
     }
 
-    /// The cartridge of a folder, if it was loaded from the file as it is now.
-    pub fn current(&mut self, folder: &str, stamp: Stamp) -> Option<Arc<Cartridge>> {
-        let file = self.files.get(folder).filter(|file| file.stamp == stamp)?;
+    /// What a request for `id` in `source` gets without anything being looked at, because it was less than
+    /// `interval` ago.
+    pub fn recent(
+        &mut self,
+        id: &str,
+        source: Source,
+        interval: Duration,
+    ) -> Option<Arc<Cartridge>> {
+        let generation = self.names.recent(id, source, interval)?;
+        self.touch(generation)
+    }
+
+    /// The cartridge of a name, if it was loaded from the file as it is now.
+    pub fn current(&mut self, key: &NameKey, stamp: Stamp) -> Option<Arc<Cartridge>> {
+        let file = self.names.file(key).filter(|file| file.stamp == stamp)?;
         let generation = file.generation;
         self.touch(generation)
+    }
+
+    /// The same in host memory.
+    pub fn hosted(&mut self, key: &NameKey, stamp: Stamp) -> Option<Arc<Cartridge>> {
+        let file = self.names.file(key).filter(|file| file.stamp == stamp)?;
+        self.clock += 1;
+        self.host.get(file.generation, self.clock)
     }
 
     /// The cartridge of a generation, which counts as a use of it.
@@ -130,7 +152,9 @@ impl Residents {
         let cartridge = held.memory.get()?;
         self.clock += 1;
         held.used = self.clock;
-        held.memory = Memory::Kept(Arc::clone(&cartridge));
+        if let Memory::Retired(_) = held.memory {
+            held.memory = Memory::Kept(Arc::clone(&cartridge));
+        }
         Some(cartridge)
     }
 
@@ -146,49 +170,66 @@ impl Residents {
     }
 
     /// Promises room, for [`Self::release`] to give back, by evicting the least recently used
-    /// cartridges that nobody leases. Evicts none if that would not be enough.
-    pub fn reserve(&mut self, bytes: u64) -> Result<(), CartridgeError> {
+    /// cartridges that nobody leases. Evicts none if that would not be enough. What it returns has to
+    /// [`Self::leave`] before the room is used.
+    pub fn reserve(&mut self, bytes: u64) -> Result<Leaving, CartridgeError> {
         if bytes > self.budget {
             return Err(CartridgeError::too_large("bytes in memory", bytes, self.budget));
         }
-        self.held.retain(|_, held| held.memory.get().is_some());
+        self.held.retain(|_, held| held.memory.is_alive());
         let used = self.reserved + self.held.values().map(|held| held.bytes).sum::<u64>();
-        let mut excess = used.saturating_add(bytes).saturating_sub(self.budget);
-        let mut idle: Vec<_> = self.held.iter().filter(|(g, h)| self.may_evict(**g, h)).collect();
+        let excess = used.saturating_add(bytes).saturating_sub(self.budget);
+        let pinned = self.names.pinned();
+        let may_evict = |(generation, held): &(&Generation, &Held)| {
+            held.memory.leases() == 0 && !pinned.contains(*generation)
+        };
+        let mut idle: Vec<_> = self.held.iter().filter(may_evict).collect();
         let evictable: u64 = idle.iter().map(|(_, held)| held.bytes).sum();
         if excess > evictable {
             let (budget, lent) = (self.budget, used - evictable);
             return Err(CartridgeError::Busy {
                 id: UNNAMED.to_owned(),
                 reason: format!(
-                    "it needs {bytes} bytes; {lent} of the {budget} for cartridges are in use"
+                    "it needs {bytes} bytes; {lent} of the {budget} for cartridges are in use or pinned"
                 ),
             });
         }
         idle.sort_by_key(|(_, held)| held.used);
-        let mut evicted = Vec::new();
+        let (mut evicted, mut freed) = (Vec::new(), 0);
         for (generation, held) in idle {
-            if excess == 0 {
+            if freed >= excess {
                 break;
             }
-            excess = excess.saturating_sub(held.bytes);
+            freed += held.bytes;
             evicted.push(*generation);
         }
-        for generation in &evicted {
-            self.held.remove(generation);
+        self.counts.evictions += evicted.len() as u64;
+        let cartridges: Vec<_> = evicted.iter().filter_map(|g| self.evict(*g)).collect();
+        if !evicted.is_empty() {
+            self.drop_names();
         }
-        self.evictions += evicted.len() as u64;
-        self.files.retain(|_, file| !evicted.contains(&file.generation));
-        self.reserved += bytes;
-        Ok(())
+        let surplus = if cartridges.is_empty() { 0 } else { freed - excess };
+        self.reserved += bytes + surplus;
+        Ok(Leaving { cartridges, surplus })
     }
 
-    fn may_evict(&self, generation: Generation, held: &Held) -> bool {
-        held.memory.leases() == 0 && !self.is_pinned(generation)
+    /// The cartridge, if there is room for it in host memory.
+    fn evict(&mut self, generation: Generation) -> Option<Arc<Cartridge>> {
+        let Held { memory, bytes, used, .. } = self.held.remove(&generation)?;
+        let cartridge = memory.get().filter(|_| self.names.is_named(generation))?;
+        self.host.announce(&cartridge, bytes, used).then_some(cartridge)
     }
 
-    fn is_pinned(&self, generation: Generation) -> bool {
-        self.inserted.values().any(|pinned| *pinned == generation)
+    /// An evicted cartridge left the device; `copy` is in host memory.
+    pub fn leave(&mut self, generation: Generation, copy: Option<Arc<Cartridge>>) {
+        self.host.arrive(generation, copy);
+        self.drop_names();
+    }
+
+    /// Names of what is in no memory are looked up again when they are used.
+    fn drop_names(&mut self) {
+        let (held, host) = (&self.held, &self.host);
+        self.names.retain(|generation| held.contains_key(&generation) || host.contains(generation));
     }
 
     pub fn release(&mut self, bytes: u64) {
@@ -199,6 +240,7 @@ impl Residents {
     /// returned.
     pub fn publish(&mut self, cartridge: Arc<Cartridge>, bytes: u64) -> Arc<Cartridge> {
         let generation = cartridge.generation();
+        self.host.remove(generation);
         if let Some(resident) = self.touch(generation) {
             return resident;
         }
@@ -210,41 +252,59 @@ impl Residents {
         cartridge
     }
 
-    /// Names a resident after its file. What the name pointed at before is retired.
-    pub fn point(&mut self, folder: &str, id: &str, generation: Generation, stamp: Stamp) {
-        self.remember_name(generation, id, Origin::Local);
-        let file = FileName { id: id.to_owned(), generation, stamp };
-        if let Some(old) = self.files.insert(folder.to_owned(), file) {
-            self.retire_unnamed(old.generation);
+    /// Names a resident after its file, unless that was replaced since `epoch`. What the name pointed at
+    /// before is retired.
+    pub fn point(
+        &mut self,
+        key: &NameKey,
+        id: &str,
+        (generation, stamp): (Generation, Stamp),
+        epoch: u64,
+    ) {
+        if self.names.epoch(key) != epoch {
+            return self.retire_unnamed(generation);
         }
-    }
-
-    /// Names a resident and keeps it for good.
-    pub fn pin(&mut self, id: &str, generation: Generation) {
-        self.remember_name(generation, id, Origin::Memory);
-        if let Some(old) = self.inserted.insert(id.to_owned(), generation) {
+        self.remember_name(generation, id, key.place.into());
+        if let Some(old) = self.names.point(key, id, generation, stamp) {
             self.retire_unnamed(old);
         }
     }
 
-    /// Lets go of what was loaded from a file that is gone.
-    pub fn forget(&mut self, folder: &str) {
-        if let Some(old) = self.files.remove(folder) {
-            self.retire_unnamed(old.generation);
+    /// Names a resident and keeps it for good.
+    pub fn insert(&mut self, id: &str, generation: Generation) {
+        self.remember_name(generation, id, Origin::Memory);
+        if let Some(old) = self.names.insert(id, generation) {
+            self.retire_unnamed(old);
         }
     }
 
-    /// The loaded files: folder and id.
-    pub fn loaded(&self) -> Vec<(String, String)> {
-        self.files.iter().map(|(folder, file)| (folder.clone(), file.id.clone())).collect()
+    /// Lets go of what this process registered under an id.
+    pub fn remove_inserted(&mut self, id: &str) {
+        if let Some(old) = self.names.remove_inserted(id) {
+            self.retire_unnamed(old);
+        }
     }
 
-    pub fn is_loaded(&self, folder: &str) -> bool {
-        self.files.contains_key(folder)
+    /// Lets go of what was loaded from a file. True: it was on the device.
+    pub fn forget(&mut self, key: &NameKey) -> bool {
+        let Some(old) = self.names.forget(key) else {
+            return false;
+        };
+        let was_held = self.held.contains_key(&old);
+        self.retire_unnamed(old);
+        was_held
     }
 
-    pub fn is_inserted(&self, id: &str) -> bool {
-        self.inserted.contains_key(id)
+    /// Pins a resident, or lets it be evicted again. False: it is none.
+    pub fn pin(&mut self, key: &NameKey, pinned: bool) -> bool {
+        let Some(file) = self.names.file_mut(key) else {
+            return false;
+        };
+        let is_held = self.held.contains_key(&file.generation);
+        if is_held {
+            file.pinned = pinned;
+        }
+        is_held
     }
 
     fn remember_name(&mut self, generation: Generation, id: &str, origin: Origin) {
@@ -255,11 +315,11 @@ impl Residents {
     }
 
     /// Lets go of a generation that no name points at: its memory goes with its last lease.
-    fn retire_unnamed(&mut self, generation: Generation) {
-        let named = self.files.values().any(|file| file.generation == generation);
-        if named || self.is_pinned(generation) {
+    pub fn retire_unnamed(&mut self, generation: Generation) {
+        if self.names.is_named(generation) {
             return;
         }
+        self.host.remove(generation);
         if let Some(held) = self.held.get_mut(&generation)
             && let Memory::Kept(cartridge) = &held.memory
         {
@@ -270,11 +330,16 @@ impl Residents {
     /// Inserted and loaded names, then retired generations that are still leased.
     pub fn list(&self) -> Vec<CartridgeInfo> {
         let inserted =
-            self.inserted.iter().map(|(id, generation)| (id, *generation, Origin::Memory));
-        let files = self.files.values().map(|file| (&file.id, file.generation, Origin::Local));
+            self.names.all_inserted().map(|(id, generation)| (id, generation, Origin::Memory));
+        let files =
+            self.names.files().map(|(key, file)| (&file.id, file.generation, key.place.into()));
+        let pinned = self.names.pinned();
         let mut list: Vec<_> = inserted
             .chain(files)
-            .filter_map(|(id, generation, origin)| self.info(id, generation, origin))
+            .filter_map(|(id, generation, origin)| {
+                let info = self.info(id, generation, origin)?;
+                Some(CartridgeInfo { pinned: pinned.contains(&generation), ..info })
+            })
             .collect();
         for (generation, held) in &self.held {
             if matches!(held.memory, Memory::Retired(_)) {
@@ -286,21 +351,50 @@ impl Residents {
     }
 
     fn info(&self, id: &str, generation: Generation, origin: Origin) -> Option<CartridgeInfo> {
-        let held = self.held.get(&generation)?;
+        let (id, generation) = (id.to_owned(), Some(generation));
+        let on_disk = CartridgeInfo { generation, ..CartridgeInfo::on_disk(id, origin) };
+        let generation = generation?;
+        let Some(held) = self.held.get(&generation) else {
+            let hosted = self.host.entry(generation)?;
+            return Some(CartridgeInfo {
+                tier: Tier::Host,
+                tokens: Some(hosted.tokens),
+                frozen_tokens: Some(hosted.frozen_tokens),
+                bytes: Some(hosted.bytes),
+                ..on_disk
+            });
+        };
         let leases = held.memory.leases();
         let cartridge = held.memory.get()?;
         let retired = matches!(held.memory, Memory::Retired(_));
         Some(CartridgeInfo {
-            id: id.to_owned(),
-            source: origin,
             resident: !retired,
             retired,
-            pinned: self.is_pinned(generation),
-            generation: Some(generation),
+            tier: Tier::Device,
             tokens: Some(cartridge.tokens()),
             frozen_tokens: Some(cartridge.frozen_tokens()),
             bytes: Some(held.bytes),
             leases,
+            ..on_disk
         })
+    }
+}
+
+/// When the registry looked something up, for [`Residents::looked_up`].
+#[derive(Clone, Copy)]
+pub(super) struct Lookup {
+    pub at: Instant,
+    /// Of the id's folder.
+    pub epoch: u64,
+}
+
+impl Residents {
+    /// A request for `id` in `source` was led to `key` by a look-up that began at `lookup`. Not remembered if
+    /// the folder was changed by this process since.
+    pub fn looked_up(&mut self, id: &str, source: Source, key: NameKey, lookup: Lookup) {
+        let folder = NameKey::new(Source::Local, id);
+        if folder.is_ok_and(|folder| self.names.epoch(&folder) == lookup.epoch) {
+            self.names.checked(id, source, key, lookup.at);
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -70,6 +71,10 @@ pub struct RuntimeOptions {
     /// MiB of cartridges kept in memory; the least recently used leave first [default: 2048]
     #[arg(long, env = "CARTOUCHE_CARTRIDGE_BUDGET_MIB")]
     pub cartridge_budget_mib: Option<u64>,
+    /// GiB of host memory for cartridges that had to leave a GPU, so that they come back without their file
+    /// being read; not used on the CPU [default: 8]
+    #[arg(long, env = "CARTOUCHE_HOST_CACHE_GB")]
+    pub host_cache_gb: Option<u64>,
     /// MiB of the largest cartridge file that is read [default: 8192]
     #[arg(long, env = "CARTOUCHE_MAX_CARTRIDGE_FILE_MIB")]
     pub max_cartridge_file_mib: Option<u64>,
@@ -152,9 +157,13 @@ impl RuntimeOptions {
             byte_budget: self
                 .cartridge_budget_mib
                 .map_or(limits::DEFAULT_CARTRIDGE_BUDGET_BYTES, mib),
+            host_budget: self
+                .host_cache_gb
+                .map_or(limits::DEFAULT_HOST_CACHE_BYTES, |gib| gib.saturating_mul(1 << 30)),
             max_file_bytes: self
                 .max_cartridge_file_mib
                 .map_or(limits::DEFAULT_MAX_CARTRIDGE_FILE_BYTES, mib),
+            revalidate: Duration::from_millis(limits::DEFAULT_REVALIDATE_MILLISECONDS),
         });
         if source == ModelSource::Demo {
             for document in demo::DOCUMENTS {

@@ -113,6 +113,8 @@ impl Server {
             device: Device::Cpu,
             dtype: DType::F32,
             byte_budget: limits::DEFAULT_CARTRIDGE_BUDGET_BYTES,
+            host_budget: 0,
+            revalidate: std::time::Duration::ZERO,
             max_file_bytes: limits::DEFAULT_MAX_CARTRIDGE_FILE_BYTES,
         });
         let ready = Readiness::default();

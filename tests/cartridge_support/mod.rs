@@ -12,8 +12,8 @@ use std::{
 
 use candle_core::{DType, Device, Tensor};
 use cartouche::cartridge::{
-    Cartridge, CartridgeError, CartridgeRef, FileSource, Intake, KvShape, LayerKv, Provenance,
-    Registry, RegistryOptions, RemoteSource, Source, Stamp,
+    Cartridge, CartridgeError, CartridgeRef, FileSource, Intake, KvShape, LayerKv, Lease,
+    Provenance, Registry, RegistryOptions, RemoteSource, Source, Stamp,
 };
 use tokio::sync::Semaphore;
 
@@ -80,17 +80,100 @@ impl FileSource for Fake {
     }
 }
 
-pub struct NoRemote;
+/// A remote source in memory: what it holds, what was fetched of it, and gates that make a fetch hang until
+/// they are opened.
+#[derive(Default)]
+pub struct FakeRemote {
+    pub upstream: Mutex<HashMap<String, Result<Cartridge, CartridgeError>>>,
+    pub cache: Fake,
+    fetches: AtomicUsize,
+    gates: Mutex<HashMap<String, Arc<Semaphore>>>,
+}
 
-impl RemoteSource for NoRemote {
-    fn can_fetch(&self, _: Source) -> bool {
-        false
+impl FakeRemote {
+    pub fn put(&self, id: &str, content: Result<Cartridge, CartridgeError>) {
+        self.upstream.lock().unwrap().insert(id.to_owned(), content);
     }
 
-    fn fetch(&self, id: &str, from: Source) -> Result<(), CartridgeError> {
-        let (id, reason) = (id.to_owned(), "offline".to_owned());
-        Err(CartridgeError::SourceUnavailable { id, from, reason })
+    pub fn close(&self, id: &str) -> Arc<Semaphore> {
+        let gate = Arc::new(Semaphore::new(0));
+        self.gates.lock().unwrap().insert(id.to_owned(), Arc::clone(&gate));
+        gate
     }
+
+    pub fn fetches(&self) -> usize {
+        self.fetches.load(Ordering::SeqCst)
+    }
+}
+
+impl FileSource for FakeRemote {
+    fn stamp(&self, id: &str) -> Result<Option<Stamp>, CartridgeError> {
+        self.cache.stamp(id)
+    }
+
+    fn read(&self, id: &str, intake: &mut Intake<'_>) -> Result<Stamp, CartridgeError> {
+        self.cache.read(id, intake)
+    }
+
+    fn list(&self) -> Vec<String> {
+        self.cache.list()
+    }
+}
+
+impl RemoteSource for FakeRemote {
+    fn fetch(&self, id: &str) -> Result<(), CartridgeError> {
+        let content = self.upstream.lock().unwrap().get(id).cloned();
+        self.fetches.fetch_add(1, Ordering::SeqCst);
+        let gate = self.gates.lock().unwrap().get(id).cloned();
+        while gate.as_ref().is_some_and(|gate| gate.try_acquire().is_err()) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let hint = "no such repository".to_owned();
+        let missing = || CartridgeError::NotFound { id: id.to_owned(), hint };
+        self.cache.put(id, Ok(content.ok_or_else(missing)??));
+        Ok(())
+    }
+}
+
+/// A registry with a local folder and two remote sources, all in memory.
+pub struct Sources {
+    pub registry: Arc<Registry>,
+    pub local: Arc<Fake>,
+    pub hub: Arc<FakeRemote>,
+    pub wandb: Arc<FakeRemote>,
+}
+
+pub fn sources(cartridges: u64) -> Sources {
+    let (local, hub, wandb) = (Arc::<Fake>::default(), Arc::default(), Arc::default());
+    let registry = Registry::with_sources(
+        options(cartridges),
+        Some(Arc::clone(&local) as Arc<dyn FileSource>),
+        vec![
+            (Source::Huggingface, Arc::<FakeRemote>::clone(&hub) as Arc<dyn RemoteSource>),
+            (Source::Wandb, Arc::<FakeRemote>::clone(&wandb) as Arc<dyn RemoteSource>),
+        ],
+    );
+    Sources { registry, local, hub, wandb }
+}
+
+/// Asks in a task of its own.
+pub fn ask(
+    registry: &Arc<Registry>,
+    r: CartridgeRef,
+) -> tokio::task::JoinHandle<Result<Lease, CartridgeError>> {
+    let registry = Arc::clone(registry);
+    tokio::spawn(async move { registry.acquire(&r).await })
+}
+
+/// Waits for what another task or thread brings about.
+pub async fn until(what: impl Fn() -> bool) {
+    while !what() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+pub fn from(source: Source, id: &str) -> CartridgeRef {
+    CartridgeRef { source, ..local(id) }
 }
 
 pub fn options(cartridges: u64) -> RegistryOptions {
@@ -104,6 +187,8 @@ pub fn options(cartridges: u64) -> RegistryOptions {
         device: Device::Cpu,
         dtype: DType::F32,
         byte_budget: cartridges * BYTES,
+        host_budget: 0,
+        revalidate: std::time::Duration::ZERO,
         max_file_bytes: 1 << 20,
     }
 }
@@ -113,7 +198,7 @@ pub fn registry(cartridges: u64) -> (Arc<Registry>, Arc<Fake>) {
     let registry = Registry::with_sources(
         options(cartridges),
         Some(Arc::clone(&fake) as Arc<dyn FileSource>),
-        Arc::new(NoRemote),
+        Vec::new(),
     );
     (registry, fake)
 }

@@ -13,13 +13,13 @@ use crate::limits;
 
 /// Name of the file that says which id a folder belongs to, where the folder's name is ambiguous:
 /// another id that leads to the same folder is refused.
-const ID_RECORD: &str = "cartridge.id";
+pub(super) const ID_RECORD: &str = "cartridge.id";
 
 /// `{dir}/{folder of the id}/`, which holds `cartridge.pt` or `cartridge.safetensors`, or a
 /// training run's `cache-step{N}.pt` (the highest N counts), or just one `.pt` file.
 #[derive(Debug)]
 pub struct LocalFolder {
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
 }
 
 impl LocalFolder {
@@ -28,7 +28,7 @@ impl LocalFolder {
     }
 
     /// The folder and the file of an id, both resolved and below the directory.
-    fn locate(&self, id: &str) -> Result<Option<(PathBuf, PathBuf)>, CartridgeError> {
+    pub(super) fn locate(&self, id: &str) -> Result<Option<(PathBuf, PathBuf)>, CartridgeError> {
         let name = folder_name(id)?;
         let resolve = |path: &Path| match path.canonicalize() {
             Ok(path) => Ok(Some(path)),
@@ -168,7 +168,7 @@ fn choose_file(folder: &Path) -> Result<Option<PathBuf>, CartridgeError> {
     Ok(chosen.map(|name| folder.join(name)))
 }
 
-fn check_id_record(folder: &Path, id: &str) -> Result<(), CartridgeError> {
+pub(super) fn check_id_record(folder: &Path, id: &str) -> Result<(), CartridgeError> {
     match read_small(&folder.join(ID_RECORD), ID_BYTES) {
         Ok(Some(recorded)) if recorded != id => Err(CartridgeError::InvalidId {
             id: id.to_owned(),

@@ -1,13 +1,15 @@
 //! Where cartridge files come from. Everything here blocks and is called on threads that may.
 
 mod local;
+mod local_write;
 
 use std::{fs::Metadata, time::SystemTime};
 
-use super::{CartridgeError, Intake, Source, sanitize::folder_name};
+use super::{CartridgeError, Intake};
 
 pub use local::LocalFolder;
 pub(super) use local::not_found;
+pub(super) use local_write::NewFiles;
 
 /// Tells one state of a file from another: replacing or rewriting a file changes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -33,7 +35,7 @@ impl From<&Metadata> for Stamp {
     }
 }
 
-/// Files that are at hand. The registry asks for the stamp at every use and reads when it changed.
+/// Files that are at hand. The registry asks for the stamp now and then, and reads when it changed.
 pub trait FileSource: Send + Sync + 'static {
     /// The present state of the file of `id`; `None` where there is none.
     fn stamp(&self, id: &str) -> Result<Option<Stamp>, CartridgeError>;
@@ -44,31 +46,10 @@ pub trait FileSource: Send + Sync + 'static {
     fn list(&self) -> Vec<String>;
 }
 
-/// A place that has to be asked over the network; what it delivers is put into the local folder.
-pub trait RemoteSource: Send + Sync + 'static {
-    /// Whether asking makes sense; if not, `force_redownload` only reads the local file again.
-    fn can_fetch(&self, from: Source) -> bool;
-    /// Makes a local file of `id`, replacing an older one.
-    fn fetch(&self, id: &str, from: Source) -> Result<(), CartridgeError>;
-}
-
-/// The remote source of a build without downloads: says where to put the file by hand.
-pub(super) struct NoDownload;
-
-impl RemoteSource for NoDownload {
-    fn can_fetch(&self, _: Source) -> bool {
-        false
-    }
-
-    fn fetch(&self, id: &str, from: Source) -> Result<(), CartridgeError> {
-        let folder = folder_name(id)?;
-        Err(CartridgeError::SourceUnavailable {
-            id: id.to_owned(),
-            from,
-            reason: format!(
-                "it is not in the cartridge directory, and this build cannot download yet; put the \
-                 file there as `{folder}/cartridge.pt`"
-            ),
-        })
-    }
+/// A place that has to be asked over the network. As a [`FileSource`] it is what was fetched before and
+/// lies on this machine; nothing but [`Self::fetch`] uses the network.
+pub trait RemoteSource: FileSource {
+    /// Brings the present content of `id` to this machine, in place of what was fetched before. Must end in
+    /// bounded time.
+    fn fetch(&self, id: &str) -> Result<(), CartridgeError>;
 }
