@@ -154,8 +154,6 @@ pub const MAX_KEY_NAME_BYTES: usize = 128;
 pub const MAX_SCOPE_PATTERNS: usize = 1024;
 /// Bytes of a `cache_salt`; longer is a 400 that names it.
 pub const MAX_CACHE_SALT_BYTES: usize = 512;
-/// Bytes of the body of an admin request other than an upload; larger is a 413.
-pub const MAX_ADMIN_BODY_BYTES: usize = 64 << 10;
 /// Seconds without a byte of an upload; past it the answer is 408 and what came is deleted.
 pub const UPLOAD_STALL_SECONDS: u64 = 60;
 /// Seconds an upload may take in all: 8 GiB at 20 Mbit/s.
@@ -164,8 +162,8 @@ pub const UPLOAD_SECONDS: u64 = 3600;
 pub const UPLOAD_WRITE_BYTES: usize = 1 << 20;
 /// Bytes of a text field of an upload (`id`, `expected_generation`, `if_absent`).
 pub const MAX_UPLOAD_FIELD_BYTES: usize = 4096;
-/// Parts of one multipart upload.
-pub const MAX_UPLOAD_PARTS: usize = 16;
+/// Bytes of an upload as a form that may come without ending a part's head or adding to its content.
+pub const MAX_UPLOAD_HEAD_BYTES: usize = 256 << 10;
 /// Fetches from one remote source at the same time; further ones of it wait, those of others do not.
 pub const MAX_CONCURRENT_FETCHES: usize = 4;
 /// Fetches from one remote source under way or waiting; the next one is answered with 503 and `Retry-After`.

@@ -129,6 +129,12 @@ impl ApiError {
         }
     }
 
+    /// 408 for an upload that does not come.
+    pub fn upload_timeout(seconds: u64, unit: &str) -> Self {
+        let message = format!("the upload took more than {seconds} seconds {unit}");
+        Self { message, ..Self::body_timeout(seconds) }
+    }
+
     /// 405.
     pub fn method_not_allowed() -> Self {
         Self {

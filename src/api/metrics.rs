@@ -35,6 +35,7 @@ const PROMPT_TOKENS: &str = "cartouche_prompt_tokens_total";
 const CACHED_TOKENS: &str = "cartouche_cached_prompt_tokens_total";
 const COMPLETION_TOKENS: &str = "cartouche_completion_tokens_total";
 const CHOICES: &str = "cartouche_choices_finished_total";
+const ADMIN_ACTIONS: &str = "cartouche_admin_actions_total";
 const IN_FLIGHT: &str = "cartouche_requests_in_flight";
 
 /// Upper bounds of the time histograms, in seconds.
@@ -116,6 +117,7 @@ fn describe() {
     describe_counter!(CACHED_TOKENS, "Prompt tokens whose keys and values were reused");
     describe_counter!(COMPLETION_TOKENS, "Generated tokens");
     describe_counter!(CHOICES, "Finished choices by reason");
+    describe_counter!(ADMIN_ACTIONS, "What admins did to cartridges, or tried to");
     describe_gauge!(IN_FLIGHT, "Generation requests being answered");
     describe_gauge!("cartouche_sequences_waiting", "Sequences in the queue");
     describe_gauge!("cartouche_sequences_running", "Sequences being decoded");
@@ -170,6 +172,12 @@ impl Metrics {
     pub(super) fn generation_ended(&self, outcome: &'static str, elapsed: Duration) {
         with_local_recorder(&self.recorder, || {
             histogram!(GENERATION_SECONDS, "outcome" => outcome).record(elapsed);
+        });
+    }
+
+    pub(super) fn admin_action(&self, action: &'static str, outcome: &'static str) {
+        with_local_recorder(&self.recorder, || {
+            counter!(ADMIN_ACTIONS, "action" => action, "outcome" => outcome).increment(1);
         });
     }
 

@@ -7,6 +7,7 @@
 //! and ends in `chat` or `completions` as a whole reply or through `stream`.
 
 pub mod access;
+mod admin;
 mod blocking;
 mod cartridge_blocks;
 mod cartridges;
@@ -21,6 +22,7 @@ mod extract;
 mod generate;
 mod health;
 mod in_flight;
+mod lend;
 mod life;
 mod listen;
 mod logprobs;
@@ -41,6 +43,7 @@ pub use access::{Access, KeySources};
 pub use cors::Origin;
 pub use error::ApiError;
 pub use in_flight::InFlight;
+pub use lend::ImplicitLoad;
 pub use listen::{ListenOptions, Shutdown, serve};
 pub use metrics::Metrics;
 pub use routes::{Route, router, routes};

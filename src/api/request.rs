@@ -15,6 +15,7 @@ use super::{
     cartridges::{self, ModelName},
     error::ApiError,
     generate::{Assembly, TextOptions},
+    lend,
     life::{self, Life},
     logprobs::{TokenStyle, TokenWriter},
     openai::{
@@ -116,7 +117,7 @@ pub async fn lease_and_tokenise<T: Send + 'static>(
     references: &[CartridgeRef],
     tokenise: impl FnOnce(&ServedModel) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<(Vec<Lease>, T), ApiError> {
-    let leases = cartridges::acquire(&state.registry, caller, references);
+    let leases = lend::acquire(state, caller, references);
     tokio::try_join!(leases, off_thread(state, tokenise))
 }
 

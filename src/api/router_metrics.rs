@@ -6,6 +6,7 @@
 use std::{fmt::Write, time::SystemTime};
 
 use super::{AppState, access::Scope};
+use crate::cartridge::Origin;
 use crate::engine::{BLOCK_TOKENS, EngineStats};
 
 /// Appends the series. As in vLLM, every choice of a request counts as one, and blocks that only hold reusable
@@ -40,7 +41,7 @@ pub(super) fn append(text: &mut String, state: &AppState, stats: EngineStats, sc
     gauge("vllm:cache_config_info", "Sizes of the KV cache", &cache, 1.0);
     let mut in_use = state.in_flight.cartridges();
     for ids in [&mut in_use.running, &mut in_use.waiting] {
-        ids.retain(|id| scope.allows(id));
+        ids.retain(|id| scope.shows(id, Origin::Memory));
     }
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let adapters = [

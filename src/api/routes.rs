@@ -15,8 +15,9 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use super::{
     ApiError, ApiOptions, AppState, access,
-    access::Need::{self, Key, Nothing},
-    cartridges, chat, completions, cors, demo, health, metrics, models, request_id, tokenize,
+    access::Need::{self, Admin, Key, Nothing},
+    admin, cartridges, chat, completions, cors, demo, health, metrics, models, request_id,
+    tokenize,
 };
 use crate::limits;
 
@@ -59,9 +60,20 @@ fn table(options: &ApiOptions) -> Vec<Row> {
         row(Key, Method::GET, "/v1/models", models::list),
         row(Key, Method::GET, "/v1/models/{*id}", models::one),
         row(Key, Method::GET, "/v1/cartridges", cartridges::list),
+        row(Key, Method::GET, "/v1/cartridges/{*id}", cartridges::one),
         row(Key, Method::POST, "/tokenize", tokenize::tokenize),
         row(Key, Method::POST, "/detokenize", tokenize::detokenize),
     ];
+    // Their bodies are files, with limits of their own.
+    for row_of_file in [
+        row(Admin, Method::POST, "/v1/cartridges", admin::upload),
+        row(Admin, Method::PUT, "/v1/cartridges/{*id}", admin::put),
+    ] {
+        let handler = row_of_file.handler.layer(DefaultBodyLimit::disable());
+        rows.push(Row { handler, ..row_of_file });
+    }
+    rows.push(row(Admin, Method::POST, "/v1/cartridges/{*id}", admin::act));
+    rows.push(row(Admin, Method::DELETE, "/v1/cartridges/{*id}", admin::delete));
     // Those of successive Tokasaurus versions; every generation route takes `cartridges`, so they are names for
     // the same handlers.
     for prefix in ["/v1", "/v1/cartridge", "/custom/cartridge"] {

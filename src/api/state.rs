@@ -5,7 +5,10 @@ use std::sync::{
     atomic::{AtomicU8, Ordering},
 };
 
-use super::{Origin, access::Access, error::ApiError, in_flight::InFlight, metrics::Metrics};
+use super::{
+    Origin, access::Access, error::ApiError, in_flight::InFlight, lend::ImplicitLoad,
+    metrics::Metrics,
+};
 use crate::{
     cartridge::Registry,
     engine::{EngineError, EngineHandle},
@@ -43,6 +46,8 @@ pub struct ApiOptions {
     pub allow_request_templates: bool,
     /// Web pages that may use the API beside those of the same origin.
     pub cors_origins: Vec<Origin>,
+    /// What requests of users may load or fetch.
+    pub implicit_load: ImplicitLoad,
     /// Have the route with ready-made requests about the demo documents.
     pub demo_requests: bool,
 }
@@ -57,6 +62,7 @@ impl Default for ApiOptions {
             raw_token_strings: false,
             allow_request_templates: false,
             cors_origins: Vec::new(),
+            implicit_load: ImplicitLoad::default(),
             demo_requests: false,
         }
     }

@@ -8,7 +8,7 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::CliError;
-use crate::api::{Access, KeySources, Origin};
+use crate::api::{Access, ImplicitLoad, KeySources, Origin};
 
 /// Options of access.
 #[derive(Debug, Clone, Default, Args, Serialize, Deserialize)]
@@ -26,12 +26,17 @@ pub struct AccessOptions {
     /// [default: none]
     #[arg(long, env = "CARTOUCHE_CORS_ORIGIN", value_delimiter = ',')]
     cors_origin: Option<Vec<String>>,
+    /// What requests may load: off (only what an admin loaded is used), local (files of --cartridge-dir), or
+    /// any (also fetched from the source they name) [default: any]
+    #[arg(long, env = "CARTOUCHE_IMPLICIT_LOAD")]
+    implicit_load: Option<String>,
 }
 
 /// What the options come to.
 pub struct Opened {
     pub access: Arc<Access>,
     pub cors_origins: Vec<Origin>,
+    pub implicit_load: ImplicitLoad,
 }
 
 impl AccessOptions {
@@ -42,6 +47,9 @@ impl AccessOptions {
             cors_origins.iter().map(|origin| origin.parse()).collect::<Result<_, _>>();
         let cors_origins =
             cors_origins.map_err(|e| CliError::Usage(format!("--cors-origin: {e}")))?;
+        let implicit_load = self.implicit_load.as_deref().unwrap_or("any").parse();
+        let implicit_load =
+            implicit_load.map_err(|e| CliError::Usage(format!("--implicit-load: {e}")))?;
         let sources = KeySources {
             user_file: self.api_key_file,
             admin_file: self.admin_key_file,
@@ -60,7 +68,7 @@ impl AccessOptions {
         if access.has_keys() && !loopback {
             tracing::info!("keys travel in clear text: put a proxy that speaks TLS before {local}");
         }
-        Ok(Opened { access: Arc::new(access), cors_origins })
+        Ok(Opened { access: Arc::new(access), cors_origins, implicit_load })
     }
 }
 

@@ -115,7 +115,7 @@ pub fn run(args: ServeArgs) -> Result<(), CliError> {
 async fn serve(
     runtime: Runtime,
     options: ServerOptions,
-    Opened { access, cors_origins }: Opened,
+    Opened { access, cors_origins, implicit_load }: Opened,
     (listener, local): (TcpListener, SocketAddr),
     started: Instant,
 ) -> Result<(), CliError> {
@@ -135,6 +135,7 @@ async fn serve(
                 .allow_request_templates
                 .unwrap_or(defaults.allow_request_templates),
             cors_origins,
+            implicit_load,
             demo_requests: runtime.source == ModelSource::Demo,
         },
         access: Arc::clone(&access),

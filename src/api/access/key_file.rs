@@ -12,7 +12,7 @@ use std::{
 use serde::Deserialize;
 
 use super::{Rights, Role, Scope, ring};
-use crate::limits;
+use crate::{cartridge::digest_from_hex, limits};
 use ring::Key;
 
 /// What is wrong with the keys. Shows paths and names, never a key.
@@ -132,7 +132,7 @@ impl Entry {
                 check(key).map_err(|reason| wrong(reason.to_owned()))?;
                 ring::digest(key.as_bytes())
             }
-            (None, Some(hex)) => from_hex(hex)
+            (None, Some(hex)) => digest_from_hex(hex)
                 .ok_or_else(|| wrong("`sha256` is not 64 hexadecimal digits".to_owned()))?,
             _ => return Err(wrong("give either `key` or `sha256`".to_owned())),
         };
@@ -207,17 +207,10 @@ fn read(path: &Path) -> std::io::Result<Option<String>> {
     Ok(if fits { String::from_utf8(bytes).ok() } else { None })
 }
 
-fn from_hex(text: &str) -> Option<[u8; 32]> {
-    let digits = text.bytes().map(|b| char::from(b).to_digit(16)).collect::<Option<Vec<_>>>()?;
-    let bytes: Vec<u8> =
-        digits.chunks(2).map(|pair| pair.iter().fold(0, |byte, d| byte << 4 | *d as u8)).collect();
-    (digits.len() == 64).then(|| bytes.try_into().ok())?
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::access::ring::KeyRing;
+    use crate::{api::access::ring::KeyRing, cartridge::Source};
 
     fn read_as(name: &str, text: &str, role: Role) -> Result<KeyRing, KeyError> {
         let dir = tempfile::tempdir().unwrap();
@@ -248,7 +241,7 @@ mod tests {
         );
         let ring = read_as("keys.yaml", &text, Role::User).unwrap();
         let a = ring.find(b"secret-one").unwrap();
-        assert!(a.scope.allows("team/x") && !a.scope.allows("other"));
+        assert!(a.scope.allows("team/x", Source::Local) && !a.scope.allows("other", Source::Local));
         assert_eq!((a.role, a.cache_salt.as_deref()), (Role::User, Some("s")));
         assert!(!a.force_redownload);
         let b = ring.find(b"secret-two").unwrap();

@@ -1,17 +1,24 @@
 //! Which cartridges a key may name.
 //!
-//! Ids are compared as the folders they lead to: `team/a` and `team-a` are one cartridge to the registry, so
-//! one of them must not open a door that the other closes.
+//! Ids are compared as the folders they lead to: `team/a` and `team-a` are one cartridge of the cartridge
+//! directory, so one of them must not open a door that the other closes. Remote sources tell them apart, so
+//! there an id must match as it is written too.
 
-use crate::{cartridge::folder_name, limits};
+use crate::{
+    cartridge::{Origin, Source, folder_name},
+    limits,
+};
 
 /// A list of ids and patterns, or everything.
 #[derive(Debug, Clone, Default)]
 pub struct Scope(Option<Vec<Pattern>>);
 
-/// Pieces of a folder's name, with anything between them.
 #[derive(Debug, Clone)]
-struct Pattern(Vec<String>);
+struct Pattern {
+    /// Pieces with anything between them: as they are written, and of a folder's name.
+    written: Vec<String>,
+    folder: Vec<String>,
+}
 
 impl Scope {
     /// Of ids, in which `*` stands for any run of characters, slashes too.
@@ -34,10 +41,20 @@ impl Scope {
         self.0.is_none()
     }
 
-    pub fn allows(&self, id: &str) -> bool {
+    /// Whether a request may name `id` in `source`.
+    pub fn allows(&self, id: &str, source: Source) -> bool {
+        self.shows(id, source.into())
+    }
+
+    /// Whether a cartridge that lies there may be shown.
+    pub fn shows(&self, id: &str, origin: Origin) -> bool {
         let Some(patterns) = &self.0 else { return true };
+        let is_remote = !matches!(origin, Origin::Memory | Origin::Local);
+        let is_matched = |folder: &str, pattern: &Pattern| {
+            matches(&pattern.folder, folder) && (!is_remote || matches(&pattern.written, id))
+        };
         // An id that can name nothing is nobody's.
-        folder_name(id).is_ok_and(|folder| patterns.iter().any(|p| p.matches(&folder)))
+        folder_name(id).is_ok_and(|folder| patterns.iter().any(|p| is_matched(&folder, p)))
     }
 }
 
@@ -54,20 +71,21 @@ impl Pattern {
             }
             if piece.is_empty() { Ok(String::new()) } else { name_of(piece).map_err(|e| wrong(&e)) }
         };
-        pattern.split('*').map(piece).collect::<Result<_, _>>().map(Self)
+        let folder = pattern.split('*').map(piece).collect::<Result<_, _>>()?;
+        Ok(Self { written: pattern.split('*').map(str::to_owned).collect(), folder })
     }
+}
 
-    fn matches(&self, name: &str) -> bool {
-        let Some((first, rest)) = self.0.split_first() else { return false };
-        let Some((last, middle)) = rest.split_last() else { return name == first };
-        let Some(mut name) = name.strip_prefix(first.as_str()) else { return false };
-        for piece in middle {
-            // The earliest place leaves most for what follows.
-            let Some(at) = name.find(piece.as_str()) else { return false };
-            name = &name[at + piece.len()..];
-        }
-        name.ends_with(last.as_str())
+fn matches(pieces: &[String], name: &str) -> bool {
+    let Some((first, rest)) = pieces.split_first() else { return false };
+    let Some((last, middle)) = rest.split_last() else { return name == first };
+    let Some(mut name) = name.strip_prefix(first.as_str()) else { return false };
+    for piece in middle {
+        // The earliest place leaves most for what follows.
+        let Some(at) = name.find(piece.as_str()) else { return false };
+        name = &name[at + piece.len()..];
     }
+    name.ends_with(last.as_str())
 }
 
 fn name_of(piece: &str) -> Result<String, String> {
@@ -94,14 +112,14 @@ mod tests {
         ] {
             let scope = scope(&[pattern]);
             for id in inside {
-                assert!(scope.allows(id), "{pattern} leaves {id:?} out");
+                assert!(scope.allows(id, Source::Local), "{pattern} leaves {id:?} out");
             }
             for id in outside {
-                assert!(!scope.allows(id), "{pattern} lets {id:?} in");
+                assert!(!scope.allows(id, Source::Local), "{pattern} lets {id:?} in");
             }
         }
-        assert!(Scope::default().is_all() && Scope::default().allows(""));
-        assert!(!scope(&[]).allows("x"), "an empty list is not everything");
+        assert!(Scope::default().is_all() && Scope::default().allows("", Source::Local));
+        assert!(!scope(&[]).allows("x", Source::Local), "an empty list is not everything");
     }
 
     #[test]
@@ -110,17 +128,38 @@ mod tests {
         for id in ["team-a/../team-b/x", "../team-b/x", "team-b/team-a/x", "/team-a/x", "team_a/x"]
         {
             let folder = folder_name(id).unwrap();
-            assert!(!scope.allows(id) || folder.starts_with("team-a-"), "{id} is {folder}");
+            assert!(
+                !scope.allows(id, Source::Local) || folder.starts_with("team-a-"),
+                "{id} is {folder}"
+            );
         }
-        assert!(!scope.allows("team-b/x"));
+        assert!(!scope.allows("team-b/x", Source::Local));
     }
 
     #[test]
     fn whatever_is_allowed_by_one_name_of_a_folder_is_allowed_by_all() {
         let names = ["a/b", "a-b", "a\\b"];
         for pattern in ["a/b", "a-b", "a/*", "*/b"] {
-            assert!(names.iter().all(|id| scope(&[pattern]).allows(id)), "{pattern}");
+            assert!(
+                names.iter().all(|id| scope(&[pattern]).allows(id, Source::Local)),
+                "{pattern}"
+            );
         }
+    }
+
+    #[test]
+    fn remote_ids_match_as_they_are_written() {
+        let scope = scope(&["org/a-b", "team/*"]);
+        for source in [Source::Huggingface, Source::Wandb, Source::Http] {
+            assert!(scope.allows("org/a-b", source) && scope.allows("team/x", source));
+            for id in ["org-a/b", "org-a-b", "team-x", "team/../org/x", "team/"] {
+                let local = scope.allows(id, Source::Local);
+                assert!(!scope.allows(id, source) || (local && id.starts_with("team/")), "{id}");
+            }
+            assert!(!scope.allows("org-a/b", source));
+        }
+        assert!(scope.allows("org-a/b", Source::Local), "one folder");
+        assert!(scope.shows("team-x", Origin::Local) && !scope.shows("team-x", Origin::Wandb));
     }
 
     #[test]
