@@ -10,6 +10,9 @@ pub const MAX_INLINE_BODY_BYTES: usize = 64 << 10;
 /// Values (list items, members, opened lists and objects) in one body; more is a 400. A value in memory
 /// takes many times the two bytes it may have in JSON.
 pub const MAX_JSON_VALUES: usize = 1 << 20;
+/// Lists and objects inside each other in one body; more is a 400. The JSON parser's own limit, which holds only
+/// for what is read.
+pub const MAX_JSON_DEPTH: usize = 127;
 /// Bytes of an error's message and of its `param`, which repeat what the client sent; the rest is cut.
 pub const MAX_ERROR_TEXT_BYTES: usize = 1024;
 /// Bytes of a response header that repeats what the client sent; the rest is cut.

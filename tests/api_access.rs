@@ -4,20 +4,18 @@ mod api_support;
 
 use std::{
     io::{Read, Write},
-    net::{SocketAddr, TcpStream},
+    net::TcpStream,
     path::Path,
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
-use api_support::{Reply, Server};
+use api_support::{Reply, Server, log::Log, wire::Listening};
 use axum::{
     body::Body,
     http::{Request, header::AUTHORIZATION},
 };
 use cartouche::{
-    api::{
-        Access, ApiOptions, KeySources, ListenOptions, Route, Shutdown, access::Need, routes, serve,
-    },
+    api::{Access, ApiOptions, KeySources, Route, access::Need, routes},
     engine::EngineOptions,
     limits,
 };
@@ -254,37 +252,9 @@ async fn a_changed_key_file_is_taken_up_and_a_bad_one_keeps_the_old_keys() {
     assert_eq!(status(ADMIN).await, 200, "keys of the environment stay");
 }
 
-/// All that is logged while it lives, on this thread.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Log {
-    fn text(&self) -> String {
-        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
-    }
-}
-
-impl Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
 #[tokio::test]
 async fn keys_show_nowhere() {
-    let log = Log::default();
-    let writer = log.clone();
-    let subscriber = tracing_subscriber::fmt()
-        .with_ansi(false)
-        .with_max_level(tracing::Level::TRACE)
-        .with_writer(move || writer.clone())
-        .finish();
-    let guard = tracing::subscriber::set_default(subscriber);
+    let log = Log::shared();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("keys.yaml");
     std::fs::write(&path, "- {name: tenant, key: sk-file-Secret-3, cache_salt: Salt-Secret-4}")
@@ -303,7 +273,6 @@ async fn keys_show_nowhere() {
         }
     }
     shown += &format!("{:?}", server.state.access);
-    drop(guard);
     let log = log.text();
     assert!(log.contains("key=\"tenant\"") && log.contains("CARTOUCHE_API_KEY-1"), "{log}");
     for text in [&log, &shown] {
@@ -311,19 +280,12 @@ async fn keys_show_nowhere() {
     }
 }
 
-async fn listen(server: &Server) -> (SocketAddr, Shutdown) {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let (address, shutdown) = (listener.local_addr().unwrap(), Shutdown::default());
-    let (router, state) = (server.router.clone(), Arc::clone(&server.state));
-    tokio::spawn(serve(listener, router, state, ListenOptions::default(), shutdown.clone()));
-    (address, shutdown)
-}
-
 /// A refusal costs the client's upload nothing and the server no memory: the body is not read.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_refused_body_is_not_waited_for() {
     let server = guarded();
-    let (address, _shutdown) = listen(&server).await;
+    let listening = Listening::start(&server).await;
+    let address = listening.address;
     let ask = move || {
         let mut socket = TcpStream::connect(address).unwrap();
         socket.set_read_timeout(Some(std::time::Duration::from_secs(30))).unwrap();

@@ -1,6 +1,10 @@
 //! A server on the demo model, without a socket: shared by the API tests.
 #![allow(dead_code)] // each test binary uses its own part
 
+pub mod admin;
+pub mod log;
+pub mod wire;
+
 use std::sync::{Arc, OnceLock};
 
 use axum::{
@@ -144,6 +148,11 @@ impl Server {
 
     /// Publishes a cartridge of random content under `id`; returns its generation.
     pub fn insert(&self, id: &str, tokens: usize, seed: u64) -> String {
+        self.state.registry.insert(id, self.cartridge(tokens, seed)).unwrap().to_hex()
+    }
+
+    /// A cartridge of random content.
+    pub fn cartridge(&self, tokens: usize, seed: u64) -> Cartridge {
         let shape = self.state.engine.info().kv_shape;
         let tensor = |salt: u64| {
             // A small generator of our own: the test only needs values that differ and repeat.
@@ -161,8 +170,7 @@ impl Server {
         let layers = (0..shape.layers as u64)
             .map(|i| LayerKv { keys: tensor(2 * i), values: tensor(2 * i + 1), bias: None })
             .collect();
-        let cartridge = Cartridge::new(layers, 1, Provenance::default()).unwrap();
-        self.state.registry.insert(id, cartridge).unwrap().to_hex()
+        Cartridge::new(layers, 1, Provenance::default()).unwrap()
     }
 
     pub async fn send(&self, request: Request<Body>) -> Reply {

@@ -251,6 +251,15 @@ mod tests {
     }
 
     #[test]
+    fn the_file_in_the_documentation_is_one() {
+        let docs = include_str!("../../../docs/access.md");
+        let yaml = docs.split("```yaml\n").nth(1).unwrap().split("```").next().unwrap();
+        let ring = read_as("keys.yaml", yaml, Role::User).unwrap();
+        assert_eq!((ring.len(), ring.has_admin()), (2, true));
+        assert_eq!(ring.find(b"test").unwrap().name, "team-a");
+    }
+
+    #[test]
     fn bad_files_are_refused_without_showing_a_key() {
         let long = "secret".repeat(100);
         for (name, text) in [
