@@ -123,6 +123,7 @@ fn run(
                 stop_token_ids: Vec::new(),
                 logprobs: Default::default(),
                 priority: Default::default(),
+                cache_salt: None,
             };
             engine.submit(request).expect("the request fits")
         })

@@ -12,6 +12,9 @@ pub const MAX_INLINE_BODY_BYTES: usize = 64 << 10;
 /// Values (list items, members, opened lists and objects) in one body; more is a 400. A value in memory
 /// takes many times the two bytes it may have in JSON.
 pub const MAX_JSON_VALUES: usize = 1 << 20;
+/// Lists and objects inside each other in one body; more is a 400. The JSON parser's own limit, which holds only
+/// for what is read.
+pub const MAX_JSON_DEPTH: usize = 127;
 /// Bytes of an error's message and of its `param`, which repeat what the client sent; the rest is cut.
 pub const MAX_ERROR_TEXT_BYTES: usize = 1024;
 
@@ -162,6 +165,30 @@ pub const MAX_PARQUET_PAGE_HEADER_BYTES: usize = 64 << 10;
 pub const MIN_PARQUET_VALUES: u64 = 4 << 20;
 /// Values of a Parquet file for each of its bytes, beyond [`MIN_PARQUET_VALUES`].
 pub const MAX_PARQUET_VALUES_PER_BYTE: u64 = 16;
+/// API keys of one server; every request is compared with all of them. More is an error of the key file.
+pub const MAX_API_KEYS: usize = 4096;
+/// Bytes of a file of API keys; a larger one is refused.
+pub const MAX_KEY_FILE_BYTES: u64 = 1 << 20;
+/// Characters of an API key: a shorter one is refused where it is configured, a longer one opens nothing.
+pub const MIN_API_KEY_BYTES: usize = 8;
+/// See [`MIN_API_KEY_BYTES`].
+pub const MAX_API_KEY_BYTES: usize = 512;
+/// Bytes of the name of an API key.
+pub const MAX_KEY_NAME_BYTES: usize = 128;
+/// Patterns in the list of cartridges that one API key may name.
+pub const MAX_SCOPE_PATTERNS: usize = 1024;
+/// Bytes of a `cache_salt`; longer is a 400 that names it.
+pub const MAX_CACHE_SALT_BYTES: usize = 512;
+/// Seconds without a byte of an upload; past it the answer is 408 and what came is deleted.
+pub const UPLOAD_STALL_SECONDS: u64 = 60;
+/// Seconds an upload may take in all: 8 GiB at 20 Mbit/s.
+pub const UPLOAD_SECONDS: u64 = 3600;
+/// Bytes of an upload gathered before they are written.
+pub const UPLOAD_WRITE_BYTES: usize = 1 << 20;
+/// Bytes of a text field of an upload (`id`, `expected_generation`, `if_absent`).
+pub const MAX_UPLOAD_FIELD_BYTES: usize = 4096;
+/// Bytes of an upload as a form that may come without ending a part's head or adding to its content.
+pub const MAX_UPLOAD_HEAD_BYTES: usize = 256 << 10;
 /// Fetches from one remote source at the same time; further ones of it wait, those of others do not.
 pub const MAX_CONCURRENT_FETCHES: usize = 4;
 /// Fetches from one remote source under way or waiting; the next one is answered with 503 and `Retry-After`.

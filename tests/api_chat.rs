@@ -384,6 +384,7 @@ fn sentencepiece() -> (Server, u32) {
             is_llama3: false,
         }),
         options: ApiOptions::default(),
+        access: Arc::clone(&base.state.access),
         ready: base.state.ready.clone(),
         metrics: Arc::clone(&base.state.metrics),
         in_flight: Arc::clone(&base.state.in_flight),

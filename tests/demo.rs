@@ -59,6 +59,7 @@ impl Demo {
                 stop_token_ids: self.model.eos_token_ids.clone(),
                 logprobs: LogprobOptions { top: 50, ..LogprobOptions::default() },
                 priority: Default::default(),
+                cache_salt: None,
             })
             .unwrap();
         let mut tokens = Vec::new();

@@ -3,7 +3,7 @@
 mod common;
 mod engine_support;
 
-use cartouche::engine::{EngineError, EngineOptions, Event, GenerateRequest, Priority};
+use cartouche::engine::{CacheSalt, EngineError, EngineOptions, Event, GenerateRequest, Priority};
 use common::ModelFixture;
 use engine_support::{Outcome, collect, greedy, kv_bytes, start_engine, wait_until};
 
@@ -232,4 +232,30 @@ fn who_does_not_read_is_cancelled_and_others_are_not() {
     let roomy = EngineOptions { max_unread_events: 45, ..options() };
     let engine = start_engine(&fixture, &roomy);
     assert_eq!(collect(engine.submit(greedy(&[1], 44)).unwrap(), 1).unwrap().ids(0).len(), 44);
+}
+
+/// Another salt finds nothing, whatever it sends; the same salt finds all; and the answers are the same.
+#[test]
+fn blocks_are_shared_within_a_salt_only() {
+    let fixture = fixture();
+    let engine = start_engine(&fixture, &options());
+    let salts = [
+        None,
+        CacheSalt::new(Some("a"), None),
+        CacheSalt::new(Some("b"), None),
+        CacheSalt::new(Some("a"), Some("b")),
+    ];
+    let leases = fixture.cartridges("prefix24");
+    for expected in [0, 32] {
+        for cache_salt in salts {
+            let mut request = greedy(&prompt(40, 0), 12);
+            request.cartridges = leases.clone();
+            let plain = start_engine(&fixture, &options()).submit(request.clone()).unwrap();
+            request.cache_salt = cache_salt;
+            let got = collect(engine.submit(request).unwrap(), 1).unwrap();
+            assert_eq!(got.cached_tokens, expected, "{cache_salt:?}");
+            assert!(same(got, collect(plain, 1).unwrap()));
+        }
+    }
+    assert_eq!(engine.stats().prefix_hit_tokens, 4 * 32);
 }

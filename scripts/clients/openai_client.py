@@ -136,6 +136,24 @@ def check_errors(client, model):
     assert error.code == "cartridge_not_found", error.body
 
 
+def check_key(base_url, model):
+    """Only with a key: none, and a wrong one, are what the package calls an authentication error."""
+    for key in ("wrong-key", " "):
+        stranger = openai.OpenAI(base_url=base_url, api_key=key, max_retries=0)
+        for call in (
+            stranger.models.list,
+            lambda: stranger.chat.completions.create(model=model, messages=MESSAGES, stream=True),
+        ):
+            try:
+                call()
+            except openai.AuthenticationError as error:
+                assert error.status_code == 401 and error.code in ("invalid_api_key", "missing_api_key")
+                assert error.response.headers["www-authenticate"].startswith("Bearer")
+                assert key == " " or key not in str(error.body)
+            else:
+                raise AssertionError("a stranger was served")
+
+
 def check_cartridge(client, model, source, name):
     plain = client.chat.completions.create(
         model=model, messages=MESSAGES, max_tokens=4, temperature=0, logprobs=True
@@ -169,10 +187,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base_url", help="with /v1 at the end")
     parser.add_argument("--cartridge", help="source:id of a cartridge the server has")
-    parser.add_argument("--api-key", default="none")
+    parser.add_argument("--api-key", help="one the server has; without it, the server must need none")
     args = parser.parse_args()
-    client = openai.OpenAI(base_url=args.base_url, api_key=args.api_key, max_retries=0)
+    key = args.api_key or "none"
+    client = openai.OpenAI(base_url=args.base_url, api_key=key, max_retries=0)
     model = check_models(client)
+    if args.api_key:
+        check_key(args.base_url, model)
     text = check_chat(client, model)
     check_stream(client, model, text)
     check_stop(client, model)

@@ -1,13 +1,24 @@
-//! Which cartridges a request names, in which order, and the leases on them.
+//! Which cartridges a request names, in which order, and the routes that list them.
 
 use std::sync::Arc;
 
-use axum::{Json, extract::State, http::HeaderValue};
+use axum::{
+    Json,
+    extract::{Path, State, rejection::PathRejection},
+    http::{HeaderValue, header::ETAG},
+    response::{IntoResponse, Response},
+};
 use serde_json::{Value, json};
 
-use super::{AppState, blocking, error::ApiError, openai::reply::CartridgeUsed};
+use super::{
+    AppState,
+    access::Caller,
+    blocking,
+    error::{ApiError, etag},
+    openai::reply::CartridgeUsed,
+};
 use crate::{
-    cartridge::{CartridgeRef, Lease, Registry, Source},
+    cartridge::{CartridgeError, CartridgeInfo, CartridgeRef, Source},
     limits,
 };
 
@@ -82,23 +93,6 @@ pub fn collect(
     Ok(all)
 }
 
-/// Leases on all of them. Loading runs elsewhere; this only waits.
-pub async fn acquire(
-    registry: &Arc<Registry>,
-    references: &[CartridgeRef],
-) -> Result<Vec<Lease>, ApiError> {
-    let mut leases = Vec::with_capacity(references.len());
-    for reference in references {
-        let lease = registry.acquire(reference).await?;
-        // Two sources can lead to one cartridge; attended to twice it would weigh twice.
-        let same = |l: &Lease| l.id() == lease.id() && l.generation() == lease.generation();
-        if !leases.iter().any(same) {
-            leases.push(lease);
-        }
-    }
-    Ok(leases)
-}
-
 /// `x-cartouche-cartridges`: `id@generation`, comma separated; bytes that a header cannot hold, and the
 /// separators, are percent-encoded. What does not fit is left out and the list ends in `...`; the body has
 /// them all.
@@ -123,21 +117,58 @@ pub fn header(used: &[CartridgeUsed]) -> Option<HeaderValue> {
     if value.is_empty() { None } else { HeaderValue::try_from(value).ok() }
 }
 
-/// `GET /v1/cartridges`. The folder is read, which can take its time.
-pub async fn list(State(state): State<Arc<AppState>>) -> Result<Json<Value>, ApiError> {
-    let entry = |info| {
-        let mut entry = json!({"object": "cartridge"});
-        if let (Value::Object(entry), Ok(Value::Object(info))) =
-            (&mut entry, serde_json::to_value(info))
-        {
-            entry.extend(info);
-        }
-        entry
-    };
+/// `GET /v1/cartridges`: those the caller may name. The folder is read, which can take its time.
+pub async fn list(
+    State(state): State<Arc<AppState>>,
+    caller: Caller,
+) -> Result<Json<Value>, ApiError> {
     let registry = Arc::clone(&state.registry);
-    let data: Vec<Value> =
-        blocking::run(move || Ok(registry.list().into_iter().map(entry).collect())).await?;
+    let data: Vec<Value> = blocking::run(move || {
+        let list =
+            registry.list().into_iter().filter(|info| caller.scope.shows(&info.id, info.source));
+        Ok(list.map(entry).collect())
+    })
+    .await?;
     Ok(Json(json!({"object": "list", "data": data})))
+}
+
+/// `GET /v1/cartridges/{id}`: what a request for it would get first, and in `others` all else of that id:
+/// files of other sources, and generations that were replaced and are still in use.
+pub async fn one(
+    State(state): State<Arc<AppState>>,
+    caller: Caller,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<Response, ApiError> {
+    let Path(id) = id.map_err(|e| ApiError::invalid("id", e.body_text()))?;
+    let registry = Arc::clone(&state.registry);
+    let name = id.clone();
+    let mut found = blocking::run(move || {
+        let mut found = registry.info(&name);
+        found.retain(|info| caller.scope.shows(&info.id, info.source));
+        found.sort_by_key(|info| (info.retired, !info.resident));
+        Ok(found)
+    })
+    .await?
+    .into_iter();
+    let Some(first) = found.next() else {
+        return Err(ApiError { param: None, ..CartridgeError::not_found(&id).into() });
+    };
+    let tag = first.generation.and_then(|generation| etag(&generation.to_hex()));
+    let mut body = entry(first);
+    body["others"] = found.map(entry).collect();
+    let mut response = Json(body).into_response();
+    response.headers_mut().extend(tag.map(|tag| (ETAG, tag)));
+    Ok(response)
+}
+
+fn entry(info: CartridgeInfo) -> Value {
+    let mut entry = json!({"object": "cartridge"});
+    if let (Value::Object(entry), Ok(Value::Object(info))) =
+        (&mut entry, serde_json::to_value(info))
+    {
+        entry.extend(info);
+    }
+    entry
 }
 
 #[cfg(test)]

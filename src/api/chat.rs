@@ -9,7 +9,9 @@ use axum::{
 };
 
 use super::{
-    AppState, blocking, cartridge_blocks, cartridges,
+    AppState,
+    access::Caller,
+    blocking, cartridge_blocks, cartridges,
     choice::Choice,
     error::ApiError,
     extract::Body,
@@ -35,31 +37,45 @@ use crate::engine::SampledToken;
 pub async fn completions(
     State(state): State<Arc<AppState>>,
     origin: Origin,
+    caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let life = Life::begin(&state, &origin)?;
+    let life = Life::begin(&state, &origin, &caller)?;
     let span = life.span();
-    state.in_flight.unless_stopped(answer(&state, life, body).instrument(span)).await
+    state.in_flight.unless_stopped(answer(&state, life, &caller, body).instrument(span)).await
 }
 
-async fn answer(state: &AppState, life: Life, body: Body) -> Result<Response, ApiError> {
-    let prepared = prepare(state, body.read(RequestBody::parse).await?).await?;
-    let updates = prepared.submit(state, life, state.options.default_max_tokens)?;
+async fn answer(
+    state: &AppState,
+    life: Life,
+    caller: &Caller,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let prepared = prepare(state, caller, body.read(RequestBody::parse).await?).await?;
+    // An error from here on says too which cartridges it was about.
     let headers = prepared.headers();
-    let reply = ChatReply::new(state, prepared);
-    let response = if reply.settings.stream {
-        stream::respond(updates, reply)
-    } else {
-        reply.collect(updates).await?
-    };
-    Ok(with_headers(response, headers))
+    Ok(with_headers(generate(state, life, prepared).await.into_response(), headers))
 }
 
-async fn prepare(state: &AppState, body: RequestBody<ChatFields>) -> Result<Prepared, ApiError> {
+async fn generate(state: &AppState, life: Life, prepared: Prepared) -> Result<Response, ApiError> {
+    let updates = prepared.submit(state, life, state.options.default_max_tokens)?;
+    let reply = ChatReply::new(state, prepared);
+    match reply.settings.stream {
+        true => Ok(stream::respond(updates, reply)),
+        false => reply.collect(updates).await,
+    }
+}
+
+async fn prepare(
+    state: &AppState,
+    caller: &Caller,
+    body: RequestBody<ChatFields>,
+) -> Result<Prepared, ApiError> {
     let RequestBody { own, common, ignored } = body;
     let mut notes = Notes { ignored, warnings: Vec::new() };
     let bounds = request::bounds(state);
     let logprobs = chat_logprobs(own.logprobs, own.top_logprobs, bounds)?;
+    let cache_salt = request::cache_salt(caller, common.cache_salt.as_deref())?;
     let settings = Settings::new(&common, logprobs, false, bounds)?;
     let suffix = request::resolve_model(state, common.model.as_deref(), &mut notes.warnings)?;
 
@@ -75,7 +91,7 @@ async fn prepare(state: &AppState, body: RequestBody<ChatFields>) -> Result<Prep
     let text_goes_on = prompt.continue_final_message;
     let how = request::tokenising(state, has_cartridges, add_special);
     let (leases, (prompt, unused)) =
-        request::lease_and_tokenise(state, &references, move |model| {
+        request::lease_and_tokenise(state, caller, &references, move |model| {
             let mut unused = Vec::new();
             let prompt = prompt.tokenise(model, how, &mut unused)?;
             // Nothing shows the text again: it need not wait for the generation.
@@ -89,6 +105,7 @@ async fn prepare(state: &AppState, body: RequestBody<ChatFields>) -> Result<Prep
         prompts: vec![prompt],
         text_goes_on,
         leases,
+        cache_salt,
         notes,
     })
 }

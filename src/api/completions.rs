@@ -10,7 +10,9 @@ use axum::{
 };
 
 use super::{
-    AppState, blocking, cartridges,
+    AppState,
+    access::Caller,
+    blocking, cartridges,
     choice::Choice,
     error::ApiError,
     extract::Body,
@@ -40,30 +42,45 @@ const DEFAULT_MAX_TOKENS: usize = 16;
 pub async fn completions(
     State(state): State<Arc<AppState>>,
     origin: Origin,
+    caller: Caller,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let life = Life::begin(&state, &origin)?;
+    let life = Life::begin(&state, &origin, &caller)?;
     let span = life.span();
-    state.in_flight.unless_stopped(answer(&state, life, body).instrument(span)).await
+    state.in_flight.unless_stopped(answer(&state, life, &caller, body).instrument(span)).await
 }
 
-async fn answer(state: &AppState, life: Life, body: Body) -> Result<Response, ApiError> {
+async fn answer(
+    state: &AppState,
+    life: Life,
+    caller: &Caller,
+    body: Body,
+) -> Result<Response, ApiError> {
     let body = body.read(RequestBody::<CompletionFields>::parse).await?;
     let echo = body.own.echo.unwrap_or(false);
-    let prepared = prepare(state, body, echo).await?;
-    let updates = prepared.submit(state, life, Some(DEFAULT_MAX_TOKENS))?;
+    let prepared = prepare(state, caller, body, echo).await?;
+    // An error from here on says too which cartridges it was about.
     let headers = prepared.headers();
+    Ok(with_headers(generate(state, life, prepared, echo).await.into_response(), headers))
+}
+
+async fn generate(
+    state: &AppState,
+    life: Life,
+    prepared: Prepared,
+    echo: bool,
+) -> Result<Response, ApiError> {
+    let updates = prepared.submit(state, life, Some(DEFAULT_MAX_TOKENS))?;
     let reply = TextReply::new(state, prepared, echo);
-    let response = if reply.settings.stream {
-        stream::respond(updates, reply)
-    } else {
-        reply.collect(updates).await?
-    };
-    Ok(with_headers(response, headers))
+    match reply.settings.stream {
+        true => Ok(stream::respond(updates, reply)),
+        false => reply.collect(updates).await,
+    }
 }
 
 async fn prepare(
     state: &AppState,
+    caller: &Caller,
     body: RequestBody<CompletionFields>,
     echo: bool,
 ) -> Result<Prepared, ApiError> {
@@ -71,6 +88,7 @@ async fn prepare(
     let mut notes = Notes { ignored, warnings: Vec::new() };
     let bounds = request::bounds(state);
     let logprobs = completion_logprobs(own.logprobs, echo, bounds)?;
+    let cache_salt = request::cache_salt(caller, common.cache_salt.as_deref())?;
     let settings = Settings::new(&common, logprobs, echo, bounds)?;
     let suffix = request::resolve_model(state, common.model.as_deref(), &mut notes.warnings)?;
     let inputs = own.prompt.into_inputs(bounds.vocab_size)?;
@@ -83,7 +101,7 @@ async fn prepare(
     // A cartridge begins with the BOS it was trained with; a second one would be a second sink.
     let add_special = settings.add_special_tokens.unwrap_or(references.is_empty());
     let how = request::tokenising(state, !references.is_empty(), add_special);
-    let (leases, prompts) = request::lease_and_tokenise(state, &references, move |model| {
+    let (leases, prompts) = request::lease_and_tokenise(state, caller, &references, move |model| {
         inputs
             .into_iter()
             .map(|input| match input {
@@ -102,6 +120,7 @@ async fn prepare(
         prompts,
         text_goes_on: true,
         leases,
+        cache_salt,
         notes,
     })
 }

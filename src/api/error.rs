@@ -5,16 +5,14 @@ use axum::{
     Json,
     http::{
         HeaderValue, StatusCode,
-        header::{CONNECTION, RETRY_AFTER},
+        header::{CONNECTION, ETAG, RETRY_AFTER, WWW_AUTHENTICATE},
     },
     response::{IntoResponse, Response},
 };
 use serde_json::{Value, json};
 
-use crate::{cartridge::CartridgeError, engine::EngineError, limits, text::TextError};
+use crate::limits;
 
-/// Seconds a client is told to wait when the queue is full, unless it is known better.
-const RETRY_QUEUE_SECONDS: u64 = 1;
 /// Seconds a client is told to wait when this process is going away (another one may take over).
 const RETRY_SHUTDOWN_SECONDS: u64 = 5;
 
@@ -31,11 +29,15 @@ pub struct ApiError {
     pub param: Option<String>,
     /// `Retry-After`, in seconds.
     pub retry_after: Option<u64>,
+    /// `error.found`: the generation that is there instead of the expected one; `none` where there is none.
+    pub found: Option<String>,
 }
 
 impl ApiError {
-    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), kind, code: None, param: None, retry_after: None }
+    pub(super) fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
+        let message = message.into();
+        let (code, param, retry_after, found) = (None, None, None, None);
+        Self { status, message, kind, code, param, retry_after, found }
     }
 
     /// 400 without a field to blame.
@@ -54,6 +56,34 @@ impl ApiError {
             code: Some("unsupported_parameter"),
             ..Self::invalid(param, format!("{param} not supported: {why}"))
         }
+    }
+
+    /// 401 for a request that brings no key.
+    pub fn missing_key() -> Self {
+        let message = "you did not provide an API key; send it in the header \
+                       `Authorization: Bearer YOUR_KEY`";
+        Self {
+            code: Some("missing_api_key"),
+            ..Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", message)
+        }
+    }
+
+    /// 401 for a request whose key is none of ours. What was sent is not repeated.
+    pub fn wrong_key(message: &str) -> Self {
+        Self {
+            code: Some("invalid_api_key"),
+            ..Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", message)
+        }
+    }
+
+    /// 403 for a caller who may not.
+    pub fn forbidden(code: &'static str, message: impl Into<String>) -> Self {
+        Self { code: Some(code), ..Self::new(StatusCode::FORBIDDEN, "permission_error", message) }
+    }
+
+    /// 403 for a route that needs an admin.
+    pub fn admin_needed(message: impl Into<String>) -> Self {
+        Self::forbidden("admin_key_required", message)
     }
 
     /// 404.
@@ -95,6 +125,12 @@ impl ApiError {
                 format!("the request body did not arrive within {seconds} seconds"),
             )
         }
+    }
+
+    /// 408 for an upload that does not come.
+    pub fn upload_timeout(seconds: u64, unit: &str) -> Self {
+        let message = format!("the upload took more than {seconds} seconds {unit}");
+        Self { message, ..Self::body_timeout(seconds) }
     }
 
     /// 405.
@@ -161,7 +197,7 @@ impl ApiError {
     /// sent, which has no bound but the body's: they are cut.
     pub fn body(&self) -> Value {
         let message = limits::clip(&self.message);
-        json!({
+        let mut body = json!({
             "error": {
                 "message": message,
                 "type": self.kind,
@@ -169,7 +205,11 @@ impl ApiError {
                 "code": self.code,
             },
             "detail": message,
-        })
+        });
+        if let Some(found) = &self.found {
+            body["error"]["found"] = json!(found);
+        }
+        body
     }
 }
 
@@ -188,6 +228,13 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = self.retry_after {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
+        if self.status == StatusCode::UNAUTHORIZED {
+            let how = HeaderValue::from_static("Bearer realm=\"cartouche\"");
+            response.headers_mut().insert(WWW_AUTHENTICATE, how);
+        }
+        if let Some(tag) = self.found.as_deref().and_then(etag) {
+            response.headers_mut().insert(ETAG, tag);
+        }
         if self.code == Some("shutting_down") {
             // The next request of this client should find another server.
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
@@ -196,77 +243,10 @@ impl IntoResponse for ApiError {
     }
 }
 
-impl From<EngineError> for ApiError {
-    fn from(error: EngineError) -> Self {
-        let message = error.to_string();
-        match error {
-            EngineError::QueueFull { .. } | EngineError::QueueTokensFull { .. } => Self {
-                code: Some("queue_full"),
-                retry_after: Some(RETRY_QUEUE_SECONDS),
-                ..Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
-            },
-            EngineError::TooLong { prompt, cartridge, max_tokens, limit } => {
-                Self::too_long(prompt, cartridge, max_tokens, limit)
-            }
-            EngineError::InvalidRequest { field, .. } => Self::invalid(field, message),
-            EngineError::NonFiniteLogits => {
-                Self { code: Some("non_finite_logits"), ..Self::internal(message) }
-            }
-            EngineError::SlowReader { .. } => Self {
-                code: Some("slow_reader"),
-                ..Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", message)
-            },
-            EngineError::ShuttingDown => {
-                Self { code: Some("shutting_down"), ..Self::unavailable(message) }
-            }
-            EngineError::Internal(_) => Self::internal(message),
-        }
-    }
-}
-
-impl From<CartridgeError> for ApiError {
-    fn from(error: CartridgeError) -> Self {
-        let (status, kind) = match &error {
-            CartridgeError::NotFound { .. } => (StatusCode::NOT_FOUND, "invalid_request_error"),
-            CartridgeError::InvalidId { .. }
-            | CartridgeError::Invalid { .. }
-            | CartridgeError::Forbidden { .. }
-            | CartridgeError::Mismatch { .. }
-            | CartridgeError::TooLarge { .. } => (StatusCode::BAD_REQUEST, "invalid_request_error"),
-            CartridgeError::Conflict { .. } => (StatusCode::CONFLICT, "invalid_request_error"),
-            CartridgeError::SourceUnavailable { .. } => (StatusCode::BAD_GATEWAY, "server_error"),
-            CartridgeError::Busy { .. } => (StatusCode::SERVICE_UNAVAILABLE, "server_error"),
-            CartridgeError::Io { .. } => (StatusCode::INTERNAL_SERVER_ERROR, "server_error"),
-        };
-        Self {
-            code: Some(error.code()),
-            param: Some("cartridges".to_owned()),
-            retry_after: matches!(error, CartridgeError::Busy { .. })
-                .then_some(RETRY_QUEUE_SECONDS),
-            ..Self::new(status, kind, error.to_string())
-        }
-    }
-}
-
-impl From<TextError> for ApiError {
-    fn from(error: TextError) -> Self {
-        let message = error.to_string();
-        match error {
-            TextError::Tokenizer { .. } | TextError::Config { .. } => Self::internal(message),
-            TextError::TemplateSyntax { .. } | TextError::TemplateFuel { .. } => {
-                Self::template(message)
-            }
-            TextError::RequestTemplate => Self::unsupported("chat_template", &message),
-            TextError::InvalidKwarg { name, .. } => Self::invalid(name, message),
-            TextError::NoTemplate { .. } => Self::invalid("chat_template", message),
-            TextError::ContinueFinal { .. } => Self::invalid("continue_final_message", message),
-            TextError::InvalidMessages { .. }
-            | TextError::TemplateRaised { .. }
-            | TextError::TemplateRender { .. }
-            | TextError::TemplateTooLarge { .. } => Self::invalid("messages", message),
-            _ => Self::bad_request(message),
-        }
-    }
+/// A generation as an entity tag; none for what is not one.
+pub fn etag(generation: &str) -> Option<HeaderValue> {
+    let is_one = generation.len() == 64 && generation.bytes().all(|b| b.is_ascii_hexdigit());
+    if is_one { HeaderValue::try_from(format!("\"{generation}\"")).ok() } else { None }
 }
 
 #[cfg(test)]
@@ -299,63 +279,5 @@ mod tests {
             assert!(text.len() <= limits::MAX_ERROR_TEXT_BYTES, "{} bytes", text.len());
             assert!(text.starts_with("éé") && text.ends_with("é…"));
         }
-    }
-
-    #[test]
-    fn a_full_queue_is_429_with_retry_after() {
-        let response =
-            ApiError::from(EngineError::QueueFull { waiting: 3, limit: 3 }).into_response();
-        assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
-        assert_eq!(response.headers()[RETRY_AFTER], "1");
-    }
-
-    #[test]
-    fn engine_and_cartridge_failures_have_their_status() {
-        let down = ApiError::from(EngineError::ShuttingDown);
-        assert_eq!((down.status.as_u16(), down.code), (503, Some("shutting_down")));
-        assert!(down.into_response().headers().contains_key(RETRY_AFTER));
-        let broken = ApiError::from(EngineError::NonFiniteLogits);
-        assert_eq!((broken.status.as_u16(), broken.code), (500, Some("non_finite_logits")));
-        let field = EngineError::InvalidRequest { field: "n", reason: "is odd".to_owned() };
-        assert_eq!(ApiError::from(field).param.as_deref(), Some("n"));
-        let (id, reason) = (String::from("a"), String::from("why"));
-        let cases = [
-            (CartridgeError::NotFound { id: id.clone(), hint: reason.clone() }, 404),
-            (CartridgeError::Invalid { name: id.clone(), reason: reason.clone() }, 400),
-            (CartridgeError::Mismatch { name: id.clone(), what: "layers", have: 1, need: 2 }, 400),
-            (
-                CartridgeError::SourceUnavailable {
-                    id: id.clone(),
-                    from: crate::cartridge::Source::Wandb,
-                    reason: reason.clone(),
-                },
-                502,
-            ),
-            (CartridgeError::Busy { id, reason }, 503),
-        ];
-        for (error, status) in cases {
-            let code = error.code();
-            let error = ApiError::from(error);
-            assert_eq!((error.status.as_u16(), error.code), (status, Some(code)));
-            assert_eq!(error.param.as_deref(), Some("cartridges"));
-            assert_eq!(error.retry_after.is_some(), status == 503);
-        }
-    }
-
-    #[test]
-    fn length_errors_keep_the_stock_stem_and_the_openai_code() {
-        let error = ApiError::from(EngineError::TooLong {
-            prompt: 10,
-            cartridge: 0,
-            max_tokens: 90,
-            limit: 64,
-        });
-        assert_eq!(
-            error.message,
-            "Request has prompt length = 10 and max_tokens = 90, which is larger than the maximum \
-             number of tokens per request = 64"
-        );
-        assert_eq!(error.code, Some("context_length_exceeded"));
-        assert_eq!(error.status, StatusCode::BAD_REQUEST);
     }
 }

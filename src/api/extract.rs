@@ -53,18 +53,30 @@ impl Body {
     }
 }
 
-/// Refuses a body of more values than memory should pay for, before any of them is built. Commas outside of
-/// strings and opening brackets are counted: every value but the outermost comes after one of them.
+/// Refuses a body of more values than memory should pay for, or of more levels than a stack, before any of them
+/// is built, also where nothing reads them. Commas outside of strings and opening brackets are counted: every
+/// value but the outermost comes after one of them.
 pub fn check_values(json: &[u8]) -> Result<(), ApiError> {
     let (mut values, mut in_string, mut escaped) = (0usize, false, false);
+    let (mut depth, mut deepest) = (0usize, 0);
     for &byte in json {
         match byte {
             _ if escaped => escaped = false,
             b'\\' if in_string => escaped = true,
             b'"' => in_string = !in_string,
-            b',' | b'[' | b'{' if !in_string => values += 1,
+            b',' if !in_string => values += 1,
+            b'[' | b'{' if !in_string => {
+                values += 1;
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b']' | b'}' if !in_string => depth = depth.saturating_sub(1),
             _ => {}
         }
+    }
+    if deepest > limits::MAX_JSON_DEPTH {
+        let limit = limits::MAX_JSON_DEPTH;
+        return Err(ApiError::bad_request(format!("the body nests deeper than {limit} levels")));
     }
     if values > limits::MAX_JSON_VALUES {
         let limit = limits::MAX_JSON_VALUES;
@@ -189,8 +201,11 @@ mod tests {
         let many = |count: usize| format!("[{}0]", "0,".repeat(count));
         assert!(check_values(many(limits::MAX_JSON_VALUES - 1).as_bytes()).is_ok());
         assert!(check_values(many(limits::MAX_JSON_VALUES).as_bytes()).is_err());
-        let nested = "[".repeat(limits::MAX_JSON_VALUES + 1);
-        assert!(check_values(nested.as_bytes()).is_err());
+        let nested = |depth| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
+        assert!(check_values(nested(limits::MAX_JSON_DEPTH).as_bytes()).is_ok());
+        assert!(check_values(nested(limits::MAX_JSON_DEPTH + 1).as_bytes()).is_err());
+        let wide = format!("[{}0]", "[[]],".repeat(1000));
+        assert!(check_values(wide.as_bytes()).is_ok());
         let text = format!(r#"{{"a":"{}"}}"#, r#",[{\\\","#.repeat(limits::MAX_JSON_VALUES));
         assert!(check_values(text.as_bytes()).is_ok());
     }

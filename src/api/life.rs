@@ -13,8 +13,8 @@ use axum::{
 use tracing::{Span, field};
 
 use super::{
-    AppState, error::ApiError, in_flight::Ticket, metrics::Metrics, openai::params::Settings,
-    request_id::RequestId,
+    AppState, access::Caller, error::ApiError, in_flight::Ticket, metrics::Metrics,
+    openai::params::Settings, request_id::RequestId,
 };
 use crate::{
     cartridge::Lease,
@@ -64,7 +64,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Origin {
 impl Life {
     /// Begins. Refuses at once, before anything of the body is looked at, when the server takes no requests
     /// or its queue is full.
-    pub fn begin(state: &AppState, origin: &Origin) -> Result<Self, ApiError> {
+    pub fn begin(state: &AppState, origin: &Origin, caller: &Caller) -> Result<Self, ApiError> {
         // In this order: a drain that starts in between waits for this request.
         let ticket = state.in_flight.enter();
         state.check_ready()?;
@@ -73,6 +73,7 @@ impl Life {
             "request",
             id = origin.id.as_str(),
             route = origin.route.as_str(),
+            key = caller.name.as_str(),
             model = field::Empty,
             cartridges = field::Empty,
             prompt_tokens = field::Empty,

@@ -22,7 +22,7 @@ use metrics_exporter_prometheus::{
     Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
 };
 
-use super::{AppState, router_metrics};
+use super::{AppState, access::Caller, router_metrics};
 use crate::{cartridge::RegistryStats, engine::EngineStats};
 
 const REQUESTS: &str = "cartouche_http_requests_total";
@@ -35,6 +35,7 @@ const PROMPT_TOKENS: &str = "cartouche_prompt_tokens_total";
 const CACHED_TOKENS: &str = "cartouche_cached_prompt_tokens_total";
 const COMPLETION_TOKENS: &str = "cartouche_completion_tokens_total";
 const CHOICES: &str = "cartouche_choices_finished_total";
+const ADMIN_ACTIONS: &str = "cartouche_admin_actions_total";
 const IN_FLIGHT: &str = "cartouche_requests_in_flight";
 
 /// Upper bounds of the time histograms, in seconds.
@@ -116,6 +117,7 @@ fn describe() {
     describe_counter!(CACHED_TOKENS, "Prompt tokens whose keys and values were reused");
     describe_counter!(COMPLETION_TOKENS, "Generated tokens");
     describe_counter!(CHOICES, "Finished choices by reason");
+    describe_counter!(ADMIN_ACTIONS, "What admins did to cartridges, or tried to");
     describe_gauge!(IN_FLIGHT, "Generation requests being answered");
     describe_gauge!("cartouche_sequences_waiting", "Sequences in the queue");
     describe_gauge!("cartouche_sequences_running", "Sequences being decoded");
@@ -170,6 +172,12 @@ impl Metrics {
     pub(super) fn generation_ended(&self, outcome: &'static str, elapsed: Duration) {
         with_local_recorder(&self.recorder, || {
             histogram!(GENERATION_SECONDS, "outcome" => outcome).record(elapsed);
+        });
+    }
+
+    pub(super) fn admin_action(&self, action: &'static str, outcome: &'static str) {
+        with_local_recorder(&self.recorder, || {
+            counter!(ADMIN_ACTIONS, "action" => action, "outcome" => outcome).increment(1);
         });
     }
 
@@ -258,11 +266,11 @@ pub(super) async fn count(
     response
 }
 
-/// `GET /metrics`.
-pub(super) async fn render(State(state): State<Arc<AppState>>) -> Response {
+/// `GET /metrics`. Ids that the caller may not name are left out.
+pub(super) async fn render(State(state): State<Arc<AppState>>, caller: Caller) -> Response {
     let engine = state.engine.stats();
     let mut text = state.metrics.render(engine, state.registry.stats(), state.in_flight.count());
-    router_metrics::append(&mut text, &state, engine);
+    router_metrics::append(&mut text, &state, engine, &caller.scope);
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }
 

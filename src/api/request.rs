@@ -9,10 +9,13 @@ use axum::{
 };
 
 use super::{
-    AppState, blocking,
+    AppState,
+    access::Caller,
+    blocking,
     cartridges::{self, ModelName},
     error::ApiError,
     generate::{Assembly, TextOptions},
+    lend,
     life::{self, Life},
     logprobs::{TokenStyle, TokenWriter},
     openai::{
@@ -26,7 +29,7 @@ use super::{
 };
 use crate::{
     cartridge::{CartridgeRef, Lease},
-    engine::GenerateRequest,
+    engine::{CacheSalt, GenerateRequest},
     limits,
 };
 
@@ -50,6 +53,7 @@ pub struct Prepared {
     /// The reply's text continues the prompt's instead of standing alone.
     pub text_goes_on: bool,
     pub leases: Vec<Lease>,
+    pub cache_salt: Option<CacheSalt>,
     pub notes: Notes,
 }
 
@@ -96,13 +100,25 @@ pub fn resolve_model<'a>(
     }
 }
 
+/// Whose part of the prefix cache a request uses: its key's, further divided by what the request says.
+pub fn cache_salt(caller: &Caller, requested: Option<&str>) -> Result<Option<CacheSalt>, ApiError> {
+    let limit = limits::MAX_CACHE_SALT_BYTES;
+    if requested.is_some_and(|salt| salt.is_empty() || salt.len() > limit) {
+        let message = format!("cache_salt must be a string of 1 to {limit} bytes");
+        return Err(ApiError::invalid("cache_salt", message));
+    }
+    Ok(CacheSalt::new(caller.cache_salt.as_deref(), requested))
+}
+
 /// Leases the cartridges while `tokenise` runs on a thread of its own (a long prompt takes a while).
 pub async fn lease_and_tokenise<T: Send + 'static>(
     state: &AppState,
+    caller: &Caller,
     references: &[CartridgeRef],
     tokenise: impl FnOnce(&ServedModel) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<(Vec<Lease>, T), ApiError> {
-    tokio::try_join!(cartridges::acquire(&state.registry, references), off_thread(state, tokenise))
+    let leases = lend::acquire(state, caller, references);
+    tokio::try_join!(leases, off_thread(state, tokenise))
 }
 
 /// Runs text work on a thread where it can take its time.
@@ -162,6 +178,7 @@ impl Prepared {
                 stop_token_ids: [&s.eos_token_ids[..], &s.stop_token_ids].concat(),
                 logprobs: s.logprobs.options(),
                 priority: s.priority,
+                cache_salt: self.cache_salt,
             });
             let stream = stream.map_err(|error| {
                 let error = life::refused(state, error);

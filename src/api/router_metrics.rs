@@ -5,12 +5,13 @@
 
 use std::{fmt::Write, time::SystemTime};
 
-use super::AppState;
+use super::{AppState, access::Scope};
+use crate::cartridge::Origin;
 use crate::engine::{BLOCK_TOKENS, EngineStats};
 
 /// Appends the series. As in vLLM, every choice of a request counts as one, and blocks that only hold reusable
 /// prefixes count as free.
-pub(super) fn append(text: &mut String, state: &AppState, stats: EngineStats) {
+pub(super) fn append(text: &mut String, state: &AppState, stats: EngineStats, scope: &Scope) {
     let info = state.engine.info();
     let model = [("model_name", state.model.name.as_str())];
     let used = stats.used_blocks as f64 / stats.total_blocks.max(1) as f64;
@@ -38,7 +39,10 @@ pub(super) fn append(text: &mut String, state: &AppState, stats: EngineStats) {
         ("enable_prefix_caching", if info.prefix_cache { "True" } else { "False" }),
     ];
     gauge("vllm:cache_config_info", "Sizes of the KV cache", &cache, 1.0);
-    let in_use = state.in_flight.cartridges();
+    let mut in_use = state.in_flight.cartridges();
+    for ids in [&mut in_use.running, &mut in_use.waiting] {
+        ids.retain(|id| scope.shows(id, Origin::Memory));
+    }
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let adapters = [
         // Each sequence of a batch may bring a cartridge of its own.

@@ -5,7 +5,10 @@ use std::sync::{
     atomic::{AtomicU8, Ordering},
 };
 
-use super::{error::ApiError, in_flight::InFlight, metrics::Metrics};
+use super::{
+    Origin, access::Access, error::ApiError, in_flight::InFlight, lend::ImplicitLoad,
+    metrics::Metrics,
+};
 use crate::{
     cartridge::Registry,
     engine::{EngineError, EngineHandle},
@@ -41,6 +44,12 @@ pub struct ApiOptions {
     /// Render chat templates that requests bring. Only for clients that are all trusted: a template can
     /// exhaust the memory or the stack of the process.
     pub allow_request_templates: bool,
+    /// Web pages that may use the API beside those of the same origin.
+    pub cors_origins: Vec<Origin>,
+    /// What requests of users may load or fetch.
+    pub implicit_load: ImplicitLoad,
+    /// Have the route with ready-made requests about the demo documents.
+    pub demo_requests: bool,
 }
 
 impl Default for ApiOptions {
@@ -52,6 +61,9 @@ impl Default for ApiOptions {
             sort_cartridges: false,
             raw_token_strings: false,
             allow_request_templates: false,
+            cors_origins: Vec::new(),
+            implicit_load: ImplicitLoad::default(),
+            demo_requests: false,
         }
     }
 }
@@ -83,6 +95,8 @@ pub struct AppState {
     pub registry: Arc<Registry>,
     pub model: Arc<ServedModel>,
     pub options: ApiOptions,
+    /// Who may use it.
+    pub access: Arc<Access>,
     /// While it says no, `/health/ready` and the generation routes answer 503.
     pub ready: Readiness,
     pub metrics: Arc<Metrics>,

@@ -18,10 +18,26 @@ impl Generation {
         self.to_string()
     }
 
+    /// From what [`Self::to_hex`] gives, in either case; `None` for anything else.
+    pub fn from_hex(text: &str) -> Option<Self> {
+        digest_from_hex(text).map(Self)
+    }
+
     /// The first 12 hexadecimal digits, for logs and lists.
     pub fn short(&self) -> String {
         self.to_string()[..12].to_owned()
     }
+}
+
+/// The bytes of a SHA-256 written as 64 hexadecimal digits.
+pub(crate) fn digest_from_hex(text: &str) -> Option<[u8; 32]> {
+    let digits = text.bytes().map(|byte| char::from(byte).to_digit(16));
+    let digits = digits.collect::<Option<Vec<_>>>().filter(|digits| digits.len() == 64)?;
+    let mut bytes = [0; 32];
+    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+        *byte = (pair[0] << 4 | pair[1]) as u8;
+    }
+    Some(bytes)
 }
 
 impl fmt::Display for Generation {

@@ -63,6 +63,12 @@ impl CartridgeError {
         }
     }
 
+    /// Nothing has this id, as far as whoever asks is to know: what a look into the cartridge directory says
+    /// that finds nothing.
+    pub fn not_found(id: &str) -> Self {
+        super::sources::not_found(id)
+    }
+
     /// The same error about `name`: readers work on unnamed bytes, callers know what they are
     /// called.
     pub fn named(mut self, new: &str) -> Self {

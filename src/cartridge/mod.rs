@@ -37,6 +37,7 @@ mod torch_write;
 mod validate;
 mod zip_directory;
 
+pub(crate) use artifact::digest_from_hex;
 pub use artifact::{Cartridge, Generation, KvShape, LayerKv, Provenance};
 pub use config_yaml::{ConfigYaml, config_yaml, read_config_yaml, write_config_yaml};
 pub use error::CartridgeError;

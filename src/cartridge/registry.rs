@@ -17,7 +17,7 @@ use tokio::sync::Semaphore;
 use super::{
     Cartridge, CartridgeError, CartridgeRef, FileSource, Generation, KvShape, Lease, LocalFolder,
     Origin, RemoteSource, Source, Stamp, failures::Failures, flights::Flights, folder_name,
-    residents::Residents, staging::WithoutRoom,
+    names::NameKey, residents::Residents, staging::WithoutRoom,
 };
 use crate::{gpu::is_gpu, limits};
 
@@ -243,6 +243,19 @@ impl Registry {
         }
         let cartridge = self.look_up(r).await?;
         Ok(Lease::new(&r.id, cartridge))
+    }
+
+    /// Lends the cartridge a request names if it is in memory: inserted, or loaded before from the cartridge
+    /// directory or from the source that is named. Looks at no file and asks nobody.
+    pub fn resident(&self, r: &CartridgeRef) -> Option<Lease> {
+        let mut residents = self.lock();
+        let mut cartridge = residents.inserted(&r.id);
+        for place in [Source::Local, r.source] {
+            let key = NameKey::new(place, &r.id).ok()?;
+            let loaded = residents.names.file(&key).map(|file| file.generation);
+            cartridge = cartridge.or_else(|| residents.touch(loaded?));
+        }
+        Some(Lease::new(&r.id, cartridge?))
     }
 
     /// What needs no look at any file.

@@ -35,6 +35,7 @@ pub fn ask(
         stop_token_ids: runtime.model.eos_token_ids.clone(),
         logprobs: LogprobOptions::default(),
         priority: Default::default(),
+        cache_salt: None,
     })?;
     Ok(Asked { stream, submitted })
 }

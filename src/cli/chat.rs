@@ -133,6 +133,7 @@ impl Talk<'_> {
             stop_token_ids: self.runtime.model.eos_token_ids.clone(),
             logprobs: LogprobOptions::default(),
             priority: Default::default(),
+            cache_salt: None,
         })?;
         let mut detokenizer = Detokenizer::new(&self.runtime.model.tokenizer, true);
         let mut answer = String::new();

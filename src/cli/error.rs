@@ -13,6 +13,8 @@ pub enum CliError {
     #[error("{0}")]
     Usage(String),
     #[error(transparent)]
+    Keys(#[from] crate::api::access::KeyError),
+    #[error(transparent)]
     Bench(#[from] crate::bench::BenchError),
     #[error(transparent)]
     Train(#[from] crate::train::TrainError),

@@ -3,6 +3,8 @@
 //! Options come from four places, the first that sets a value wins: flags, `CARTOUCHE_*` environment
 //! variables, the YAML file given with `--config`, built-in defaults.
 
+mod access;
+mod announce;
 mod ask;
 mod bench;
 mod cartridge;

@@ -1,29 +1,24 @@
 //! `cartouche serve`: the HTTP server.
 
-use std::io::Write;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use axum::Router;
-use axum::extract::Path;
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
-use axum::routing::get;
 use clap::Args;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 use tokio::net::TcpListener;
 
 use super::CliError;
+use super::access::{AccessOptions, Opened};
+use super::announce::announce;
 use super::config::ConfigFile;
 use super::runtime::{Runtime, RuntimeOptions};
 use crate::api::{
     self, ApiOptions, AppState, InFlight, ListenOptions, Metrics, Readiness, Shutdown,
 };
+use crate::limits;
 use crate::model::ModelSource;
-use crate::{demo, limits};
 
 /// Serve a model and its cartridges over an OpenAI- and Tokasaurus-compatible HTTP API
 ///
@@ -37,6 +32,8 @@ pub struct ServeArgs {
     runtime: RuntimeOptions,
     #[command(flatten)]
     server: ServerOptions,
+    #[command(flatten)]
+    access: AccessOptions,
 }
 
 /// Options of the HTTP side.
@@ -87,10 +84,12 @@ pub fn run(args: ServeArgs) -> Result<(), CliError> {
     let known = [
         serde_json::to_value(RuntimeOptions::default()),
         serde_json::to_value(ServerOptions::default()),
+        serde_json::to_value(AccessOptions::default()),
     ];
     file.check_keys(&known.map(|value| value.unwrap_or_default()))?;
     let runtime_options = file.complete(&args.runtime)?;
     let server = file.complete(&args.server)?;
+    let access = file.complete(&args.access)?;
     runtime_options.set_threads()?;
     let host = server.host.as_deref().unwrap_or("127.0.0.1");
     let address = format!("{host}:{}", server.port.unwrap_or(10210));
@@ -100,8 +99,14 @@ pub fn run(args: ServeArgs) -> Result<(), CliError> {
     // Bound before the model is loaded: a taken port is told at once. Clients wait in the backlog.
     let listener = tokio.block_on(TcpListener::bind(&address));
     let listener = listener.map_err(|source| CliError::Listen { address, source })?;
+    let local = listener.local_addr().map_err(|source| CliError::System {
+        what: "the listening socket has no address",
+        source,
+    })?;
+    // Before the model too: wrong keys are told at once.
+    let access = access.open(local)?;
     let runtime = runtime_options.start()?;
-    let result = tokio.block_on(serve(runtime, server, listener, started));
+    let result = tokio.block_on(serve(runtime, server, access, (listener, local), started));
     // A load that hangs on a dead file system must not hold up the exit.
     tokio.shutdown_timeout(Duration::from_secs(1));
     result
@@ -110,13 +115,10 @@ pub fn run(args: ServeArgs) -> Result<(), CliError> {
 async fn serve(
     runtime: Runtime,
     options: ServerOptions,
-    listener: TcpListener,
+    Opened { access, cors_origins, implicit_load }: Opened,
+    (listener, local): (TcpListener, SocketAddr),
     started: Instant,
 ) -> Result<(), CliError> {
-    let local = listener.local_addr().map_err(|source| CliError::System {
-        what: "the listening socket has no address",
-        source,
-    })?;
     let defaults = ApiOptions::default();
     let ready = Readiness::default();
     let state = Arc::new(AppState {
@@ -132,19 +134,22 @@ async fn serve(
             allow_request_templates: options
                 .allow_request_templates
                 .unwrap_or(defaults.allow_request_templates),
+            cors_origins,
+            implicit_load,
+            demo_requests: runtime.source == ModelSource::Demo,
         },
+        access: Arc::clone(&access),
         ready: ready.clone(),
         metrics: Arc::new(Metrics::default()),
         in_flight: Arc::new(InFlight::default()),
         started: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
     });
-    let mut router = api::router(Arc::clone(&state));
-    if runtime.source == ModelSource::Demo {
-        router = router.merge(demo_routes());
-    }
+    let router = api::router(Arc::clone(&state));
     ready.set_ready();
     // Whoever started it may have closed its output, and still wants the server.
-    if let Err(error) = announce(&mut std::io::stdout(), &runtime, local, started.elapsed()) {
+    if let Err(error) =
+        announce(&mut std::io::stdout(), &runtime, &access, local, started.elapsed())
+    {
         tracing::warn!(%error, "cannot write to standard output");
     }
 
@@ -155,6 +160,7 @@ async fn serve(
     };
     let shutdown = Shutdown::default();
     tokio::spawn(watch_signals(shutdown.clone()));
+    tokio::spawn(access.watch(super::access::hangup));
     api::serve(listener, router, state, options, shutdown).await;
     runtime.sources.stop();
     Ok(())
@@ -184,101 +190,4 @@ async fn stop_signal() {
         }
     }
     interrupt.await;
-}
-
-/// Ready-made requests about the demo documents, so that they need not be pasted.
-fn demo_routes() -> Router {
-    Router::new().route("/demo/{document}/request", get(demo_request))
-}
-
-/// A chat request with the whole document as its system message and the first question.
-async fn demo_request(Path(name): Path<String>) -> Response {
-    let body = demo::DOCUMENTS.iter().find(|document| document.name == name).and_then(|document| {
-        let questions = document.questions().ok()?;
-        let question = &questions.first()?.question;
-        let system = json!({"role": "system", "content": document.text.trim_end()});
-        let user = json!({"role": "user", "content": question});
-        Some(json!({"messages": [system, user], "temperature": 0}))
-    });
-    match body {
-        Some(body) => {
-            ([(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response()
-        }
-        None => StatusCode::NOT_FOUND.into_response(),
-    }
-}
-
-/// Tells what runs here and what to try.
-fn announce(
-    out: &mut impl Write,
-    runtime: &Runtime,
-    address: SocketAddr,
-    start: Duration,
-) -> std::io::Result<()> {
-    let info = runtime.engine.info();
-    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-    writeln!(out, "\nCartouche {} on http://{address}", env!("CARGO_PKG_VERSION"))?;
-    writeln!(
-        out,
-        "model       {} ({:.0} MiB of weights, ready in {:.2} s)",
-        runtime.model.name,
-        mib(runtime.weight_bytes),
-        start.as_secs_f64()
-    )?;
-    let entries = runtime.registry.list();
-    for entry in &entries {
-        match entry.tokens {
-            Some(tokens) => writeln!(out, "cartridge   {} ({tokens} tokens)", entry.id)?,
-            None => writeln!(out, "cartridge   {} (on disk)", entry.id)?,
-        }
-    }
-    if entries.is_empty() {
-        writeln!(out, "cartridge   none yet; put them into --cartridge-dir")?;
-    }
-    writeln!(
-        out,
-        "limits      {} tokens of context, {} tokens of KV cache ({:.0} MiB), {} sequences at once, \
-         {} sequences or {} prompt tokens waiting, bodies up to {} MiB",
-        info.max_context,
-        info.kv_tokens,
-        mib(info.kv_bytes),
-        info.max_running_sequences,
-        info.max_queued_sequences,
-        info.max_queued_tokens,
-        limits::MAX_BODY_BYTES >> 20
-    )?;
-    let prefix_cache = if info.prefix_cache { "on" } else { "off" };
-    writeln!(out, "prefix      cache of prompt beginnings: {prefix_cache}")?;
-    match runtime.source {
-        ModelSource::Demo => announce_demo(out, address),
-        _ => Ok(()),
-    }
-}
-
-fn announce_demo(out: &mut impl Write, address: SocketAddr) -> std::io::Result<()> {
-    let Some(document) = demo::DOCUMENTS.first() else { return Ok(()) };
-    let Ok(questions) = document.questions() else { return Ok(()) };
-    let Some(first) = questions.first() else { return Ok(()) };
-    let chat = format!("http://{address}/v1/chat/completions");
-    let message = json!([{"role": "user", "content": first.question}]);
-    let cartridge = json!([{"id": document.name, "source": "local"}]);
-    writeln!(
-        out,
-        "
-Try it: one question about the {title}, asked in three ways.
-
-1. Plainly: the model does not know.
-   curl -s {chat} -H 'Content-Type: application/json' \\
-     -d '{{\"messages\": {message}, \"temperature\": 0}}'
-
-2. With the long document in the prompt: right, and paid for in every request.
-   curl -s http://{address}/demo/{name}/request | curl -s {chat} -H 'Content-Type: application/json' -d @-
-
-3. With the cartridge that stands for the document: right, with a prompt of a few tokens.
-   curl -s {chat} -H 'Content-Type: application/json' \\
-     -d '{{\"messages\": {message}, \"temperature\": 0, \"cartridges\": {cartridge}}}'
-",
-        title = questions.title,
-        name = document.name,
-    )
 }

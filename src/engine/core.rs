@@ -177,14 +177,16 @@ impl Core {
 
     fn accept(&mut self, Submission { request, first_id, reply }: Submission) {
         let generations = request.cartridges.iter().map(|cartridge| cartridge.generation().0);
-        let context = ContextKey::new(generations);
+        let lane = ContextKey::new(generations);
         // Without a prefix cache only the choices of one request share blocks.
         let request_id = (!self.prefix_cache).then_some(first_id);
+        let context = lane.salted(request.cache_salt.as_ref());
         let root = Root { context, request: request_id };
         let arrival = Arrival {
             first: first_id,
             n: request.n,
-            lane: context,
+            // Without the salt: a client could make itself as many lanes as it likes, each with its turn.
+            lane,
             priority: request.priority,
             prompt_tokens: request.prompt.len(),
             max_tokens: request.sampling.max_tokens,

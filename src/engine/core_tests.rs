@@ -42,6 +42,7 @@ fn request(prompt: Vec<u32>) -> GenerateRequest {
         stop_token_ids: vec![],
         logprobs: LogprobOptions::default(),
         priority: Priority::Interactive,
+        cache_salt: None,
     }
 }
 

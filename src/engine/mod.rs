@@ -25,6 +25,7 @@ pub(crate) use blocks::{BlockPool, BlockTable, blocks_for};
 pub use handle::{EngineHandle, EngineInfo, EngineStats, TokenStream};
 pub(crate) use kv_cache::{BatchEntry, KvCache};
 pub use logprobs::token_logprobs;
+pub use prefix_cache::CacheSalt;
 pub(crate) use prefix_cache::{ContextKey, Root};
 pub use request::{
     Event, FinishReason, GenerateRequest, LogprobOptions, Priority, SampledToken, SamplingParams,

@@ -13,7 +13,8 @@ use super::blocks::BLOCK_TOKENS;
 /// The tokens of a full block.
 pub type BlockTokens = [u32; BLOCK_TOKENS];
 
-/// What precedes the first token of a sequence: a digest of its cartridges' generations, in order.
+/// What precedes the first token of a sequence: a digest of its cartridges' generations, in order, and of
+/// the salt it shares with those it may share blocks with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ContextKey([u8; 32]);
 
@@ -22,6 +23,41 @@ impl ContextKey {
         let mut digest = Sha256::new();
         generations.into_iter().for_each(|generation| digest.update(generation));
         Self(digest.finalize().into())
+    }
+
+    /// The same after a salt: equal only if the salts are equal too. None leaves it as it is.
+    pub fn salted(self, salt: Option<&CacheSalt>) -> Self {
+        let Some(CacheSalt(salt)) = salt else { return self };
+        let digest = Sha256::new().chain_update(b"salted\0").chain_update(salt);
+        Self(digest.chain_update(self.0).finalize().into())
+    }
+}
+
+/// Requests share blocks of the prefix cache only with requests of the same salt, so that the time of an
+/// answer tells nothing about prompts of others. A digest: the salt itself is a secret and is not kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct CacheSalt([u8; 32]);
+
+impl CacheSalt {
+    /// Of what the server gave a client and what the client's request adds to it. The second never takes
+    /// the place of the first: no request can enter the part of another client.
+    pub fn new(given: Option<&str>, added: Option<&str>) -> Option<Self> {
+        if given.is_none() && added.is_none() {
+            return None;
+        }
+        let mut digest = Sha256::new();
+        for part in [given, added] {
+            digest.update([u8::from(part.is_some())]);
+            digest.update((part.map_or(0, str::len) as u64).to_le_bytes());
+            digest.update(part.unwrap_or_default());
+        }
+        Some(Self(digest.finalize().into()))
+    }
+}
+
+impl std::fmt::Debug for CacheSalt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CacheSalt(..)")
     }
 }
 
@@ -162,5 +198,30 @@ impl PrefixCache {
         }
         assert_eq!(self.children.len(), nodes().count());
         assert!(self.idle.len() <= nodes().count());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn salts_are_equal_only_part_by_part() {
+        let parts = [None, Some(""), Some("a"), Some("b"), Some("ab")];
+        let mut seen = Vec::new();
+        for given in parts {
+            for added in parts {
+                let key = ContextKey::new([[1; 32]]).salted(CacheSalt::new(given, added).as_ref());
+                assert!(!seen.contains(&key), "{given:?} {added:?}");
+                seen.push(key);
+            }
+        }
+        assert_eq!(seen[0], ContextKey::new([[1; 32]]), "no salt at all changes nothing");
+        let salt = CacheSalt::new(Some("a"), None);
+        assert_ne!(
+            ContextKey::new([[1; 32]]).salted(salt.as_ref()),
+            ContextKey::new([[2; 32]]).salted(salt.as_ref())
+        );
+        assert!(!format!("{:?}", CacheSalt::new(Some("secret"), None)).contains("secret"));
     }
 }

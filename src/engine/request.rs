@@ -1,5 +1,6 @@
 //! What callers ask of the engine and what it answers.
 
+use super::CacheSalt;
 use crate::cartridge::Lease;
 
 /// How the next token is chosen. Fields carry their OpenAI / vLLM names and meanings.
@@ -82,6 +83,8 @@ pub struct GenerateRequest {
     pub stop_token_ids: Vec<u32>,
     pub logprobs: LogprobOptions,
     pub priority: Priority,
+    /// Whose blocks of the prefix cache it may use, and who may use its own: those of the same salt.
+    pub cache_salt: Option<CacheSalt>,
 }
 
 impl GenerateRequest {

@@ -99,6 +99,7 @@ fn request(lesson: &Lesson, index: usize, options: &TeacherOptions) -> GenerateR
         stop_token_ids: options.stop_token_ids.clone(),
         logprobs,
         priority: Priority::Batch,
+        cache_salt: None,
     }
 }
 

@@ -1,6 +1,10 @@
 //! A server on the demo model, without a socket: shared by the API tests.
 #![allow(dead_code)] // each test binary uses its own part
 
+pub mod admin;
+pub mod log;
+pub mod wire;
+
 use std::sync::{Arc, OnceLock};
 
 use axum::{
@@ -10,7 +14,7 @@ use axum::{
 };
 use candle_core::{DType, Device, Tensor};
 use cartouche::{
-    api::{ApiOptions, AppState, InFlight, Metrics, Readiness, ServedModel, router},
+    api::{Access, ApiOptions, AppState, InFlight, Metrics, Readiness, ServedModel, router},
     cartridge::{Cartridge, LayerKv, Provenance, Registry, RegistryOptions},
     engine::{EngineOptions, start},
     limits,
@@ -86,8 +90,18 @@ impl Server {
 
     pub fn with_cartridge_dir(
         options: ApiOptions,
+        engine: EngineOptions,
+        dir: Option<std::path::PathBuf>,
+    ) -> Self {
+        Self::with_access(options, engine, dir, Access::open(true))
+    }
+
+    /// Each key is sent as `Authorization: Bearer`, see [`Self::ask`].
+    pub fn with_access(
+        options: ApiOptions,
         mut engine: EngineOptions,
         dir: Option<std::path::PathBuf>,
+        access: Access,
     ) -> Self {
         let loaded = load(&ModelSource::Demo, &LoadOptions::default()).unwrap();
         engine.kv_bytes = engine.kv_bytes.min(64 << 20);
@@ -120,6 +134,7 @@ impl Server {
                 is_llama3: loaded.is_llama3,
             }),
             options,
+            access: Arc::new(access),
             ready,
             metrics: Arc::new(Metrics::default()),
             in_flight: Arc::new(InFlight::default()),
@@ -133,6 +148,11 @@ impl Server {
 
     /// Publishes a cartridge of random content under `id`; returns its generation.
     pub fn insert(&self, id: &str, tokens: usize, seed: u64) -> String {
+        self.state.registry.insert(id, self.cartridge(tokens, seed)).unwrap().to_hex()
+    }
+
+    /// A cartridge of random content.
+    pub fn cartridge(&self, tokens: usize, seed: u64) -> Cartridge {
         let shape = self.state.engine.info().kv_shape;
         let tensor = |salt: u64| {
             // A small generator of our own: the test only needs values that differ and repeat.
@@ -150,8 +170,7 @@ impl Server {
         let layers = (0..shape.layers as u64)
             .map(|i| LayerKv { keys: tensor(2 * i), values: tensor(2 * i + 1), bias: None })
             .collect();
-        let cartridge = Cartridge::new(layers, 1, Provenance::default()).unwrap();
-        self.state.registry.insert(id, cartridge).unwrap().to_hex()
+        Cartridge::new(layers, 1, Provenance::default()).unwrap()
     }
 
     pub async fn send(&self, request: Request<Body>) -> Reply {
@@ -173,6 +192,17 @@ impl Server {
         let request = Request::post(path)
             .header("content-type", "application/json")
             .body(Body::from(body.to_owned()))
+            .unwrap();
+        self.send(request).await
+    }
+
+    /// A request with a key.
+    pub async fn ask(&self, key: &str, method: &str, path: &str, body: Value) -> Reply {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("authorization", format!("Bearer {key}"))
+            .body(Body::from(if body.is_null() { String::new() } else { body.to_string() }))
             .unwrap();
         self.send(request).await
     }

@@ -27,6 +27,7 @@ pub fn greedy(prompt: &[u32], max_tokens: usize) -> GenerateRequest {
         stop_token_ids: vec![],
         logprobs: LogprobOptions::default(),
         priority: Priority::Interactive,
+        cache_salt: None,
     }
 }
 

@@ -305,6 +305,7 @@ fn report(target: &Target, tally: &Tally, time: Duration, is_locked_in: bool) {
     let mut kinds = fs::File::create(folder.join(format!("{}.kinds", target.name))).unwrap();
     for ((accepted, kind), count) in &tally.kinds {
         let verdict = if *accepted { "accepted" } else { "refused" };
-        writeln!(kinds, "{count}\t{verdict}\t{}", kind.replace(|c: char| c.is_control(), " ")).unwrap();
+        writeln!(kinds, "{count}\t{verdict}\t{}", kind.replace(|c: char| c.is_control(), " "))
+            .unwrap();
     }
 }

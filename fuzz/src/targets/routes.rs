@@ -10,7 +10,7 @@ use axum::{
 };
 use candle_core::{DType, Device, Tensor};
 use cartouche::{
-    api::{ApiOptions, AppState, InFlight, Metrics, Readiness, ServedModel, router},
+    api::{Access, ApiOptions, AppState, InFlight, Metrics, Readiness, ServedModel, router},
     cartridge::{Cartridge, LayerKv, Provenance, Registry, RegistryOptions},
     engine::{EngineOptions, start},
     limits,
@@ -110,6 +110,7 @@ fn server() -> &'static Server {
             ready,
             metrics: Arc::new(Metrics::default()),
             in_flight: Arc::new(InFlight::default()),
+            access: Arc::new(Access::open(true)),
             started: 0,
         });
         Server { router: router(Arc::clone(&state)), state }

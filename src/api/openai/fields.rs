@@ -46,6 +46,7 @@ pub struct CommonFields {
     pub return_token_ids: Option<bool>,
     pub return_tokens_as_token_ids: Option<bool>,
     pub priority: Option<Value>,
+    pub cache_salt: Option<String>,
     pub stream: Option<bool>,
     pub stream_options: Option<Map<String, Value>>,
 }

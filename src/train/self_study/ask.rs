@@ -192,6 +192,7 @@ impl Study<'_> {
             stop_token_ids: stop_token_ids.to_vec(),
             logprobs: LogprobOptions::default(),
             priority: Priority::Batch,
+            cache_salt: None,
         })
     }
 
