@@ -130,6 +130,24 @@ fn a_damaged_file_is_found_out_removed_and_fetched_again() {
     assert_eq!(hub.cdn.asked().len(), 4, "once, and again after each damage");
 }
 
+/// Only what was recorded when it came tells that its numbers are other ones.
+#[test]
+fn other_numbers_in_a_file_without_a_digest_of_its_own_are_found_out() {
+    let (hub, dir) = (Hub::start(), tempfile::tempdir().unwrap());
+    let mut bytes = stand_in::store_support::safetensors_bytes(1.0);
+    let key = b"\"generation\"";
+    let at = bytes.windows(key.len()).position(|part| part == key).unwrap();
+    bytes[at + 1] = b'x';
+    hub.commit(ID, &[("cartridge.safetensors", &bytes)]);
+    let source = hub_source(&hub, dir.path(), None);
+    source.fetch(ID).unwrap();
+    read(&source, ID).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(files(dir.path(), "blobs").remove(0), bytes).unwrap();
+    assert!(matches!(read(&source, ID), Err(CartridgeError::Busy { .. })));
+    assert_eq!(source.stamp(ID).unwrap(), None);
+}
+
 /// A refusal of the reader is not damage.
 #[test]
 fn a_sound_file_that_is_refused_stays() {
