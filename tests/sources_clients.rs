@@ -16,6 +16,8 @@ fn python_clients_and_cartouche_understand_the_same_servers() {
     let run = dir.path().join("run");
     std::fs::create_dir(&run).unwrap();
     std::fs::write(run.join("cartridge.pt"), torch_bytes(1.0)).unwrap();
+    // One that only the Python client uploads.
+    std::fs::write(run.join("cache-step3.pt"), torch_bytes(2.0)).unwrap();
     let cartouche = |args: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cartouche"));
         command.arg("cartridge").args(args);
@@ -33,5 +35,7 @@ fn python_clients_and_cartouche_understand_the_same_servers() {
     command.args([script, &hub.api.url, &server.api.url, wandb::KEY]).arg(dir.path());
     assert!(command.status().unwrap().success());
     cartouche(&["pull", "hf:py/pushed"]);
+    cartouche(&["pull", "hf:py/pushed/cache-step3.pt"]);
     cartouche(&["pull", "wandb:me/mine/pushed"]);
+    cartouche(&["pull", "wandb:me/mine/pushed@cache-step3.pt"]);
 }

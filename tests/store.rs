@@ -130,6 +130,19 @@ fn a_damaged_file_is_found_out_removed_and_fetched_again() {
     assert_eq!(hub.cdn.asked().len(), 4, "once, and again after each damage");
 }
 
+/// A sound cartridge of the same length in the place of another: no check of the file itself tells.
+#[test]
+fn another_cartridge_in_the_place_of_the_fetched_one_is_found_out() {
+    let (hub, dir) = (hub_with(&[(ID, 1.0)]), tempfile::tempdir().unwrap());
+    let source = hub_source(&hub, dir.path(), None);
+    source.fetch(ID).unwrap();
+    let other = torch_bytes(2.0);
+    assert_eq!(other.len(), torch_bytes(1.0).len());
+    fs::write(files(dir.path(), "blobs").remove(0), other).unwrap();
+    assert!(matches!(read(&source, ID), Err(CartridgeError::Busy { .. })));
+    assert_eq!(source.stamp(ID).unwrap(), None);
+}
+
 /// A refusal of the reader is not damage.
 #[test]
 fn a_sound_file_that_is_refused_stays() {

@@ -40,7 +40,7 @@ struct Cli {
 enum Command {
     Serve(Box<serve::ServeArgs>),
     Chat(Box<chat::ChatArgs>),
-    Cartridge(cartridge::CartridgeArgs),
+    Cartridge(Box<cartridge::CartridgeArgs>),
     Eval(Box<eval::EvalArgs>),
     Bench(Box<bench::BenchArgs>),
     Train(Box<train::TrainArgs>),
@@ -68,7 +68,7 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Serve(args) => serve::run(*args),
         Command::Chat(args) => chat::run(*args),
-        Command::Cartridge(args) => cartridge::run(args),
+        Command::Cartridge(args) => cartridge::run(*args),
         Command::Eval(args) => eval::run(*args),
         Command::Bench(args) => bench::run(*args),
         Command::Train(args) => train::run(*args),

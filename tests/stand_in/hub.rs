@@ -124,7 +124,9 @@ fn models(
     url: &str,
     with_blobs: bool,
 ) -> Result<Answer, Answer> {
-    if let Some((repo, revision)) = rest.split_once("/revision/") {
+    let is_info = !rest.contains("/preupload/") && !rest.contains("/commit/");
+    if is_info {
+        let (repo, revision) = rest.split_once("/revision/").unwrap_or((rest, "main"));
         let (id, files) = find(world, repo, revision)?;
         let sibling = |(name, bytes): (&String, &Vec<u8>)| {
             let mut sibling = json!({"rfilename": name});

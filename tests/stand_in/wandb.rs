@@ -158,7 +158,9 @@ fn graphql(world: &mut World, asked: &Asked, url: &str, storage: &str) -> Answer
         let Some(files) = world.runs.get(&run) else {
             return data(json!({"project": null}));
         };
-        let from: usize = text("after").parse().unwrap_or(0);
+        // Each client has a name of its own for it.
+        let after = if text("after").is_empty() { "fileCursor" } else { "after" };
+        let from: usize = text(after).parse().unwrap_or(0);
         let page = files.iter().enumerate().skip(from).take(world.page);
         let edges = page.map(|(i, file)| {
             let md5 = if world.wrong_md5 { Md5::digest("other") } else { Md5::digest(&file.bytes) };
@@ -178,6 +180,11 @@ fn graphql(world: &mut World, asked: &Asked, url: &str, storage: &str) -> Answer
         let files = json!({"edges": edges, "pageInfo": info});
         return data(json!({"project": {"internalId": "1", "run":
             {"fileCount": end, "files": files}}}));
+    }
+    if query.contains("viewer") {
+        let viewer = json!({"id": "1", "username": "me", "entity": "me", "flags": "{}",
+            "email": "me@example.org", "admin": false, "apiKeys": null, "teams": {"edges": []}});
+        return data(json!({"viewer": viewer}));
     }
     Answer::json(&json!({"errors": [{"message": "Cannot query this field"}]}))
 }

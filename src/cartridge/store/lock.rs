@@ -27,8 +27,7 @@ impl FileLock {
     ) -> io::Result<Option<Self>> {
         let started = Instant::now();
         loop {
-            let options = File::options().read(true).write(true).create(true).open(path);
-            let file = options?;
+            let file = File::options().append(true).create(true).open(path)?;
             match file.try_lock() {
                 Ok(()) if is_at(&file, path) => {
                     return Ok(Some(Self { file, path: None }));

@@ -78,7 +78,9 @@ impl Record {
 /// The name of an id's files. Ids that are written alike as folders differ in the hash.
 pub(super) fn file_stem(id: &str) -> Result<String, CartridgeError> {
     let mut readable = folder_name(id)?;
-    readable.truncate(readable.floor_char_boundary(READABLE_BYTES));
+    while readable.len() > READABLE_BYTES {
+        readable.pop();
+    }
     let hash = hex(&Sha256::digest(id.as_bytes())[..6]);
     Ok(format!("{readable}-{hash}"))
 }
