@@ -11,7 +11,7 @@ use std::{
 use api_support::{Server, wire::Listening};
 use axum::body::Body;
 use axum::http::Request;
-use cartouche::limits;
+use cartouche::{api::ApiOptions, engine::EngineOptions, limits};
 use serde_json::{Value, json};
 
 fn nested(depth: usize) -> Value {
@@ -100,7 +100,9 @@ fn status_of(mut socket: TcpStream) -> Option<u16> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn heads_that_are_too_large_are_refused() {
-    let listening = Listening::start(&Server::shared()).await;
+    // Its own: it is stopped at the end.
+    let server = Server::new(ApiOptions::default(), EngineOptions::default());
+    let listening = Listening::start(&server).await;
     let address = listening.address;
     let ask = move |headers: String| {
         let mut socket = TcpStream::connect(address).unwrap();

@@ -30,7 +30,7 @@ pub struct ApiError {
     /// `Retry-After`, in seconds.
     pub retry_after: Option<u64>,
     /// `error.found`: the generation that is there instead of the expected one; `none` where there is none.
-    pub found: Option<String>,
+    pub found: Option<Box<str>>,
 }
 
 impl ApiError {

@@ -85,7 +85,7 @@ impl Precondition {
     pub fn failed(self, error: CartridgeError) -> ApiError {
         let found = match &error {
             CartridgeError::Conflict { found, .. } => {
-                Some(found.strip_prefix("generation ").unwrap_or("none").to_owned())
+                Some(found.strip_prefix("generation ").unwrap_or("none").into())
             }
             _ => None,
         };
