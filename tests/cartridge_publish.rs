@@ -370,3 +370,53 @@ async fn a_pinned_name_is_never_evicted_whatever_it_points_at() {
     registry.pin("made", true).unwrap();
     assert_eq!(registry.pin("made", false).unwrap_err().code(), "cartridge_conflict");
 }
+
+/// A reader of the old file must not put its name back on it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_load_that_began_before_a_publication_does_not_undo_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let fake = Arc::new(Slow(LocalFolder::new(dir.path().to_owned()), Fake::default()));
+    let registry = Registry::with_sources(
+        RegistryOptions {
+            dir: Some(dir.path().to_owned()),
+            revalidate: std::time::Duration::from_secs(3600),
+            ..options(8)
+        },
+        Some(Arc::clone(&fake) as Arc<dyn FileSource>),
+        Vec::new(),
+    );
+    fs::create_dir(dir.path().join("a")).unwrap();
+    fs::write(dir.path().join("a/cartridge.pt"), file(1., "pt")).unwrap();
+    fake.1.put("a", Ok(cartridge(1.)));
+    let gate = fake.1.close("a");
+    let early = ask(&registry, local("a"));
+    until(|| fake.1.reads() == 1).await;
+    publish(&registry, "a", &file(2., "pt"), Expect::Anything).await.unwrap();
+    assert_eq!(served(&registry, "a").await, cartridge(2.).generation());
+    gate.add_permits(1000);
+    assert_eq!(early.await.unwrap().unwrap().generation(), cartridge(1.).generation());
+    for _ in 0..3 {
+        assert_eq!(served(&registry, "a").await, cartridge(2.).generation());
+    }
+    until(|| registry.stats().resident == 1).await;
+    assert_eq!(resident(&registry), ["a"]);
+}
+
+/// A folder from which reading takes as long as from the other source.
+struct Slow(LocalFolder, Fake);
+
+impl FileSource for Slow {
+    fn stamp(&self, id: &str) -> Result<Option<Stamp>, CartridgeError> {
+        self.0.stamp(id)
+    }
+
+    fn read(&self, id: &str, intake: &mut Intake<'_>) -> Result<Stamp, CartridgeError> {
+        let stamp = self.0.read(id, intake)?;
+        self.1.read(id, &mut Intake::as_stored(u64::MAX))?;
+        Ok(stamp)
+    }
+
+    fn list(&self) -> Vec<String> {
+        self.0.list()
+    }
+}
