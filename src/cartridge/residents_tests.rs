@@ -164,7 +164,9 @@ impl World {
                     false => self.leaving.push(leaving),
                 }
             }
-            _ => drop(self.residents.forget(&key)),
+            _ => {
+                self.residents.forget(&key);
+            }
         }
     }
 
@@ -264,7 +266,9 @@ impl World {
         self.check();
         assert_eq!(self.residents.reserved, 0);
         let files: Vec<_> = self.residents.names.files().map(|(key, _)| key.clone()).collect();
-        files.iter().for_each(|key| drop(self.residents.forget(key)));
+        for key in files {
+            self.residents.forget(&key);
+        }
         let ids: Vec<_> = self.inserted.drain().map(|(id, _)| id).collect();
         ids.iter().for_each(|id| self.residents.remove_inserted(id));
         let stats = self.residents.stats();
