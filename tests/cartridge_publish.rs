@@ -1,4 +1,4 @@
-//! What an operator does to a registry while it serves: publishing, deleting, unloading, pinning.
+//! Publishing and deleting cartridges while a registry serves.
 
 mod cartridge_support;
 
@@ -319,54 +319,52 @@ async fn an_id_written_alike_cannot_be_published_over() {
     assert_eq!(served(&registry, "a/b").await, cartridge(1.).generation());
 }
 
-/// vllm-metal#641: registered is not resident.
-#[tokio::test]
-async fn unloaded_stays_registered_and_is_read_again() {
-    let (registry, fake) = registry(8);
-    fake.put("a", Ok(cartridge(1.)));
-    assert!(!registry.unload("a").await.unwrap());
-    let lease = registry.acquire(&local("a")).await.unwrap();
-    assert!(registry.unload("a").await.unwrap());
-    let info = registry.info("a");
-    let brief: Vec<_> = info.iter().map(|i| (i.resident, i.retired, i.tier)).collect();
-    assert_eq!(brief, [(false, true, Tier::Device), (false, false, Tier::Disk)]);
-    // The very tensors that are still lent.
-    let again = registry.acquire(&local("a")).await.unwrap();
-    assert_eq!(again.layers()[0].keys.id(), lease.layers()[0].keys.id());
-    drop((lease, again));
-    assert!(registry.unload("a").await.unwrap());
-    assert_eq!(registry.stats().bytes, 0);
-    assert_eq!(registry.info("a")[0].tier, Tier::Disk);
-    registry.insert("made", cartridge(2.)).unwrap();
-    assert_eq!(registry.unload("made").await.unwrap_err().code(), "cartridge_conflict");
+/// A reader of the old file must not put its name back on it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_load_that_began_before_a_publication_does_not_undo_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let fake = Arc::new(Slow(LocalFolder::new(dir.path().to_owned()), Fake::default()));
+    let registry = Registry::with_sources(
+        RegistryOptions {
+            dir: Some(dir.path().to_owned()),
+            revalidate: std::time::Duration::from_secs(3600),
+            ..options(8)
+        },
+        Some(Arc::clone(&fake) as Arc<dyn FileSource>),
+        Vec::new(),
+    );
+    fs::create_dir(dir.path().join("a")).unwrap();
+    fs::write(dir.path().join("a/cartridge.pt"), file(1., "pt")).unwrap();
+    fake.1.put("a", Ok(cartridge(1.)));
+    let gate = fake.1.close("a");
+    let early = ask(&registry, local("a"));
+    until(|| fake.1.reads() == 1).await;
+    publish(&registry, "a", &file(2., "pt"), Expect::Anything).await.unwrap();
+    assert_eq!(served(&registry, "a").await, cartridge(2.).generation());
+    gate.add_permits(1000);
+    assert_eq!(early.await.unwrap().unwrap().generation(), cartridge(1.).generation());
+    for _ in 0..3 {
+        assert_eq!(served(&registry, "a").await, cartridge(2.).generation());
+    }
+    until(|| registry.stats().resident == 1).await;
+    assert_eq!(resident(&registry), ["a"]);
 }
 
-/// Case 3: all that is there is pinned.
-#[tokio::test]
-async fn a_pinned_name_is_never_evicted_whatever_it_points_at() {
-    let (registry, fake) = registry(2);
-    for (id, seed) in [("a", 1.), ("b", 2.), ("c", 3.)] {
-        fake.put(id, Ok(cartridge(seed)));
+/// A folder from which reading takes as long as from the other source.
+struct Slow(LocalFolder, Fake);
+
+impl FileSource for Slow {
+    fn stamp(&self, id: &str) -> Result<Option<Stamp>, CartridgeError> {
+        self.0.stamp(id)
     }
-    assert_eq!(registry.pin("a", true).unwrap_err().code(), "cartridge_not_found");
-    registry.acquire(&local("a")).await.unwrap();
-    registry.pin("a", true).unwrap();
-    for id in ["b", "c", "b"] {
-        registry.acquire(&local(id)).await.unwrap();
-        assert!(resident(&registry).contains(&"a".to_owned()));
+
+    fn read(&self, id: &str, intake: &mut Intake<'_>) -> Result<Stamp, CartridgeError> {
+        let stamp = self.0.read(id, intake)?;
+        self.1.read(id, &mut Intake::as_stored(u64::MAX))?;
+        Ok(stamp)
     }
-    fake.put("a", Ok(cartridge(4.)));
-    registry.acquire(&local("a")).await.unwrap();
-    assert!(registry.info("a")[0].pinned);
-    registry.acquire(&local("b")).await.unwrap();
-    registry.pin("b", true).unwrap();
-    let error = registry.acquire(&local("c")).await.unwrap_err();
-    assert!(matches!(error, CartridgeError::Busy { .. }), "{error}");
-    assert_eq!(registry.unload("a").await.unwrap_err().code(), "cartridge_conflict");
-    registry.pin("a", false).unwrap();
-    registry.acquire(&local("c")).await.unwrap();
-    assert_eq!(resident(&registry), ["b", "c"]);
-    registry.insert("made", cartridge(9.)).unwrap();
-    registry.pin("made", true).unwrap();
-    assert_eq!(registry.pin("made", false).unwrap_err().code(), "cartridge_conflict");
+
+    fn list(&self) -> Vec<String> {
+        self.0.list()
+    }
 }

@@ -206,3 +206,34 @@ async fn without_a_directory_only_inserted_ids_exist() {
     let error = registry.acquire(&local("..")).await.unwrap_err();
     assert_eq!(error.code(), "cartridge_id_invalid");
 }
+
+/// Row 15: between looks at a file, uses of it cost none. What the registry itself does counts at once
+/// (`cartridge_publish.rs`).
+#[tokio::test]
+async fn a_file_is_not_looked_at_again_within_the_interval() {
+    let fake = Arc::new(Fake::default());
+    let files = Some(Arc::clone(&fake) as Arc<dyn FileSource>);
+    let hour = Duration::from_secs(3600);
+    let registry =
+        Registry::with_sources(RegistryOptions { revalidate: hour, ..options(8) }, files, vec![]);
+    fake.put("a", Ok(cartridge(1.)));
+    registry.acquire(&local("a")).await.unwrap();
+    let looks = fake.looks();
+    for _ in 0..10 {
+        registry.acquire(&local("a")).await.unwrap();
+    }
+    assert_eq!(fake.looks(), looks);
+    // Of the same id elsewhere nothing is known yet.
+    registry.acquire(&CartridgeRef { source: Source::Wandb, ..local("a") }).await.unwrap();
+    assert!(fake.looks() > looks);
+    fake.put("a", Ok(cartridge(2.)));
+    let old = registry.acquire(&local("a")).await.unwrap();
+    assert_eq!(old.generation(), cartridge(1.).generation());
+    let new = registry.acquire(&forced("a")).await.unwrap();
+    assert_eq!(new.generation(), cartridge(2.).generation());
+    assert_eq!(registry.acquire(&local("a")).await.unwrap().generation(), new.generation());
+    // A look that says that the file is gone counts, too.
+    fake.files.lock().unwrap().remove("a");
+    registry.list();
+    registry.acquire(&local("a")).await.unwrap_err();
+}

@@ -74,8 +74,11 @@ impl Digesting {
     pub fn update(&mut self, tensor: &Tensor) -> Result<(), CartridgeError> {
         match self {
             Self::Here(digest) => digest.update(tensor),
-            // If the other thread ended early, its error comes with the end.
-            Self::Beside(sender, _) => Ok(drop(sender.send(tensor.clone()))),
+            Self::Beside(sender, _) => {
+                // If the other thread ended early, its error comes with the end.
+                let _ = sender.send(tensor.clone());
+                Ok(())
+            }
         }
     }
 

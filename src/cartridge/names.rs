@@ -162,3 +162,27 @@ impl Names {
         self.edits[key.number() % EPOCHS]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FOREVER: Duration = Duration::from_secs(1 << 30);
+
+    /// Registry case 10: many spellings lead to one folder, so clients could make these grow.
+    #[test]
+    fn what_is_remembered_of_ids_is_bounded() {
+        let mut names = Names::new();
+        let key = NameKey::new(Source::Local, "a").unwrap();
+        let generation = Generation([7; 32]);
+        names.point(&key, "a", generation, Stamp::default());
+        for i in 0..3 * limits::MAX_CHECKED_IDS {
+            let id = " ".repeat(i % 500) + &i.to_string();
+            names.checked(&id, Source::Local, key.clone(), Instant::now());
+            assert!(names.checked.len() <= limits::MAX_CHECKED_IDS);
+            assert_eq!(names.recent(&id, Source::Local, FOREVER), Some(generation));
+        }
+        names.edited(&key, "a");
+        assert!(names.checked.is_empty());
+    }
+}

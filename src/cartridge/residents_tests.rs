@@ -164,7 +164,9 @@ impl World {
                     false => self.leaving.push(leaving),
                 }
             }
-            _ => drop(self.residents.forget(&key)),
+            _ => {
+                self.residents.forget(&key);
+            }
         }
     }
 

@@ -37,6 +37,7 @@ pub type File = (Result<Cartridge, CartridgeError>, Stamp);
 pub struct Fake {
     pub files: Mutex<HashMap<String, File>>,
     reads: AtomicUsize,
+    looks: AtomicUsize,
     gates: Mutex<HashMap<String, Arc<Semaphore>>>,
 }
 
@@ -57,10 +58,16 @@ impl Fake {
     pub fn reads(&self) -> usize {
         self.reads.load(Ordering::SeqCst)
     }
+
+    /// How often a stamp was asked for.
+    pub fn looks(&self) -> usize {
+        self.looks.load(Ordering::SeqCst)
+    }
 }
 
 impl FileSource for Fake {
     fn stamp(&self, id: &str) -> Result<Option<Stamp>, CartridgeError> {
+        self.looks.fetch_add(1, Ordering::SeqCst);
         Ok(self.files.lock().unwrap().get(id).map(|file| file.1))
     }
 
