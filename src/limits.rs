@@ -193,6 +193,9 @@ pub const MAX_UPLOAD_HEAD_BYTES: usize = 256 << 10;
 pub const MAX_CONCURRENT_FETCHES: usize = 4;
 /// Fetches from one remote source under way or waiting; the next one is answered with 503 and `Retry-After`.
 pub const MAX_PENDING_FETCHES: usize = 64;
+/// Seconds a fetch waits for its turn while others of its source do not end; then those who wait for it are
+/// answered with 503.
+pub const FETCH_TURN_SECONDS: u64 = 30;
 /// Failed fetches that are remembered; past it the one that may be tried again soonest is forgotten.
 pub const MAX_REMEMBERED_FETCH_FAILURES: usize = 1024;
 /// Ids of which the registry knows when their file was looked at last; past it all are looked at again.

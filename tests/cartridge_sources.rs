@@ -235,6 +235,39 @@ async fn hanging_fetches_hold_up_nobody_else() {
     }
 }
 
+/// Case 7: an id whose source hangs, for those who wait behind it.
+#[tokio::test(start_paused = true)]
+async fn who_waits_behind_hanging_fetches_is_told_in_bounded_time() {
+    let Fakes { registry, hub, .. } = sources(8);
+    let limit = cartouche::limits::MAX_CONCURRENT_FETCHES;
+    let ids: Vec<_> = (0..limit).map(|i| i.to_string()).collect();
+    let gates: Vec<_> = ids.iter().map(|id| hub.close(id)).collect();
+    let hanging: Vec<_> = ids.iter().map(|id| begin(&registry, id)).collect();
+    let behind = begin(&registry, "behind");
+    // The clock is the test's. All are given their turn to wait before it goes on.
+    until_idle(|| hub.fetches() == limit).await;
+    tokio::time::advance(Duration::from_secs(cartouche::limits::FETCH_TURN_SECONDS + 1)).await;
+    let error = behind.await.unwrap_err();
+    assert!(matches!(&error, CartridgeError::Busy { id, .. } if id == "behind"), "{error}");
+    gates.iter().for_each(|gate| gate.add_permits(1000));
+    for hanging in hanging {
+        hanging.await.unwrap_err();
+    }
+    // It was no failure of the source.
+    hub.put("behind", Ok(cartridge(1.)));
+    registry.acquire(&from(Huggingface, "behind")).await.unwrap();
+}
+
+/// While the clock is stopped.
+async fn until_idle(done: impl Fn() -> bool) {
+    while !done() {
+        tokio::task::yield_now().await;
+    }
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+}
+
 /// Case 2: abort while it is still being fetched.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_fetch_and_its_load_survive_the_one_who_asked() {

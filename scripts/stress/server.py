@@ -31,7 +31,7 @@ class Server:
                 self.host, self.port = found[1], int(found[2])
                 break
         else:
-            raise SystemExit(f"the server did not start; see {log}")
+            raise SystemExit(f"the server did not start:\n{log.read_text()}")
         threading.Thread(target=self.process.stdout.read, daemon=True).start()
         while self.get("/health/ready")[0] != 200:
             time.sleep(0.01)

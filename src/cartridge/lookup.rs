@@ -148,7 +148,12 @@ impl Registry {
 
     async fn fetch_and_load(self: Arc<Self>, remote: usize, key: NameKey, id: String) -> Fetched {
         let Remote { source, files, permits, .. } = &self.remotes[remote];
-        let permit = permits.acquire().await.map_err(|_| interrupted(&id))?;
+        const TURN: Duration = Duration::from_secs(limits::FETCH_TURN_SECONDS);
+        let turn = tokio::time::timeout(TURN, permits.acquire()).await.map_err(|_| {
+            let reason = format!("all fetches from `{source}` take more than {TURN:?}");
+            CartridgeError::Busy { id: id.clone(), reason }
+        })?;
+        let permit = turn.map_err(|_| interrupted(&id))?;
         let (files, name) = (Arc::clone(files), id.clone());
         let fetched = tokio::task::spawn_blocking(move || files.fetch(&name)).await;
         drop(permit);
