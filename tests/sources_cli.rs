@@ -141,7 +141,7 @@ fn a_cartridge_is_pulled_looked_at_verified_and_removed() {
     }
 }
 
-/// C.3 #7 and #42: two processes share a cache.
+/// Cases 7 and 42: two processes share a cache.
 #[test]
 fn two_processes_that_pull_the_same_download_it_once() {
     let hub = Hub::start();
@@ -156,7 +156,7 @@ fn two_processes_that_pull_the_same_download_it_once() {
     home.works(&["verify", "hf:acme/notes"]);
 }
 
-/// C.3 #42: a partial download left by a crash.
+/// Case 42: a partial download left by a crash.
 #[test]
 fn a_killed_process_leaves_no_lock_and_its_download_goes_on() {
     let hub = Hub::start();
@@ -180,7 +180,7 @@ fn a_killed_process_leaves_no_lock_and_its_download_goes_on() {
     home.works(&["verify", ID]);
 }
 
-/// C.3 #42: disk full. A limit on the size of files gives the same kind of failure, without a disk to fill.
+/// Case 42: disk full. A limit on the size of files gives the same kind of failure, without a disk to fill.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_is_told_and_loses_nothing() {
@@ -204,7 +204,7 @@ fn a_full_disk_is_told_and_loses_nothing() {
     home.works(&["pull", "hf:acme/notes"]);
 }
 
-/// C.3 #42: a cache that cannot be written can be read.
+/// Case 42: a cache that cannot be written can be read.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_read_only_cache_serves_what_it_has() {
@@ -241,7 +241,7 @@ fn a_read_only_cache_serves_what_it_has() {
     all.iter().for_each(|(path, _)| set(path, 0o755));
 }
 
-/// C.3 #41: token in logs, also at the most talkative level.
+/// Case 41: token in logs, also at the most talkative level.
 #[test]
 fn logs_show_neither_keys_nor_signatures() {
     let hub = Hub::start();

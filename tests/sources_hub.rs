@@ -44,7 +44,7 @@ fn a_cartridge_comes_with_its_config_from_one_commit() {
     assert!(hub.api.asked_for("/resolve/").iter().all(|asked| asked.path.contains(&commit)));
 }
 
-/// §8 #12: a repository without config.yaml, with several .pt files, or with them in folders.
+/// A repository without config.yaml, with several .pt files, or with them in folders.
 #[test]
 fn the_file_of_a_repository_is_chosen_by_rule() {
     let (hub, dir) = (Hub::start(), tempfile::tempdir().unwrap());
@@ -109,7 +109,7 @@ fn content_that_is_there_already_is_not_sent_again() {
     assert_eq!(copy.generation(), cartridge(1.0).generation());
 }
 
-/// C.3 #41: 401, 403, 404.
+/// Case 41: 401, 403, 404.
 #[test]
 fn refusals_say_what_to_set() {
     let (hub, dir) = (Hub::start(), tempfile::tempdir().unwrap());
@@ -137,7 +137,7 @@ fn refusals_say_what_to_set() {
     assert_eq!(hub.api.asked().len(), 5, "a refusal is not tried again");
 }
 
-/// C.3 #41: 429 and 500 are tried again, not for ever.
+/// Case 41: 429 and 500 are tried again, not for ever.
 #[test]
 fn a_hub_that_fails_in_passing_is_asked_again_and_not_for_ever() {
     let (hub, dir) = (Hub::start(), tempfile::tempdir().unwrap());
@@ -159,7 +159,7 @@ fn a_hub_that_fails_in_passing_is_asked_again_and_not_for_ever() {
     assert!(read(&source, ID).is_ok(), "what was fetched stays");
 }
 
-/// C.3 #7: a source that hangs ends a fetch within its limits, and #41: slow drip.
+/// Case 7: a source that hangs ends a fetch within its limits, and case 41: slow drip.
 #[test]
 fn hanging_and_dripping_end_by_the_limits_and_keep_what_came() {
     let (hub, dir) = (Hub::start(), tempfile::tempdir().unwrap());
@@ -191,7 +191,7 @@ fn hanging_and_dripping_end_by_the_limits_and_keep_what_came() {
     assert_eq!(read(&source, ID).unwrap().generation(), cartridge(1.0).generation());
 }
 
-/// C.3 #41: truncated body.
+/// Case 41: truncated body.
 #[test]
 fn a_cut_download_goes_on_where_it_stopped() {
     let (hub, dir) = (Hub::start(), tempfile::tempdir().unwrap());
@@ -222,7 +222,7 @@ fn parts_of_two_contents_are_never_put_together() {
     }
 }
 
-/// C.3 #41: wrong hash, wrong length, no content length.
+/// Case 41: wrong hash, wrong length, no content length.
 #[test]
 fn content_other_than_announced_is_thrown_away() {
     let (hub, dir) = (Hub::start(), tempfile::tempdir().unwrap());
@@ -259,7 +259,7 @@ fn a_file_over_the_limit_is_refused_before_it_comes() {
     assert!(hub.cdn.asked().is_empty());
 }
 
-/// C.3 #41: redirect to another host.
+/// Case 41: redirect to another host.
 #[test]
 fn the_hub_cannot_send_on_to_a_host_that_is_not_listed() {
     let (hub, dir) = (Hub::start(), tempfile::tempdir().unwrap());
@@ -280,7 +280,7 @@ fn the_hub_cannot_send_on_to_a_host_that_is_not_listed() {
     assert!(reason(&source.fetch(ID).unwrap_err()).contains("in circles"));
 }
 
-/// C.3 #41: the token goes to the hub alone, and is not in errors.
+/// Case 41: the token goes to the hub alone, and is not in errors.
 #[test]
 fn the_token_is_sent_to_the_hub_and_shown_to_nobody() {
     let (hub, dir) = (Hub::start(), tempfile::tempdir().unwrap());

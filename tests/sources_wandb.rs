@@ -16,7 +16,7 @@ fn source(server: &Server, dir: &std::path::Path, key: Option<&str>) -> Cached<W
     Cached::new(remote, Transfer::new(times()), store(dir), MAX_BYTES)
 }
 
-/// §0.5 #9 and §8 #6: the project is not hard-coded; an id alone means the stock path.
+/// The project is not hard-coded; an id alone means the stock path.
 #[test]
 fn a_run_is_named_in_full_or_by_what_is_configured() {
     let (server, dir) = (Server::start(), tempfile::tempdir().unwrap());
@@ -108,7 +108,7 @@ fn without_a_key_nothing_is_asked_and_the_variable_is_named() {
     let (server, dir) = (Server::start(), tempfile::tempdir().unwrap());
     let error =
         source(&server, dir.path(), None).fetch("owner/repository").unwrap_err().to_string();
-    // §8 #5: the default source is W&B, though ids of the hub are common.
+    // The default source is W&B, though ids of the hub are common.
     assert!(
         error.contains("WANDB_API_KEY must be set") && error.contains("huggingface"),
         "{error}"

@@ -9,7 +9,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use cartouche::cartridge::{CartridgeError, FileSource, Source, Store};
+use candle_core::{DType, Device};
+use cartouche::cartridge::{
+    CartridgeError, CartridgeRef, FileSource, Registry, RegistryOptions, Source, Store,
+};
 use stand_in::{
     Trouble,
     hub::Hub,
@@ -37,7 +40,7 @@ fn age(path: &Path, days: u64) {
     fs::File::options().write(true).open(path).unwrap().set_modified(at).unwrap();
 }
 
-/// §0.5 #8, §8 #8, C.3 #9: folders of ids are lossy, and sources may use the same ids.
+/// Case 9: folders of ids are lossy, and sources may use the same ids.
 #[test]
 fn ids_that_are_written_alike_do_not_share_a_record() {
     let alike = [("a/b", 1.0), ("a-b", 2.0), ("a.b", 3.0), ("a_b", 4.0)];
@@ -56,7 +59,7 @@ fn ids_that_are_written_alike_do_not_share_a_record() {
     assert_eq!(read(&source, &long).unwrap().generation(), cartridge(1.0).generation());
 }
 
-/// C.3 #42: a partial download that a crash left, and one that nobody wants any more.
+/// Case 42: a partial download that a crash left, and one that nobody wants any more.
 #[test]
 fn leftovers_of_a_crash_are_continued_or_removed_by_age() {
     let (hub, dir) = (hub_with(&[(ID, 1.0), ("b/b", 2.0)]), tempfile::tempdir().unwrap());
@@ -128,6 +131,39 @@ fn a_damaged_file_is_found_out_removed_and_fetched_again() {
         assert_eq!(read(&source, ID).unwrap().generation(), cartridge(1.0).generation());
     }
     assert_eq!(hub.cdn.asked().len(), 4, "once, and again after each damage");
+}
+
+#[tokio::test]
+async fn a_request_that_finds_a_damaged_file_in_the_cache_gets_a_sound_one_from_the_source() {
+    let (hub, dir) = (hub_with(&[(ID, 1.0)]), tempfile::tempdir().unwrap());
+    let source = Arc::new(hub_source(&hub, dir.path(), None));
+    let options = RegistryOptions {
+        dir: None,
+        shape: cartridge(1.0).shape(),
+        model: "demo".into(),
+        rope_theta: None,
+        rope_scaling: None,
+        max_positions: 64,
+        device: Device::Cpu,
+        dtype: DType::F32,
+        byte_budget: 1 << 20,
+        host_budget: 0,
+        max_file_bytes: 1 << 20,
+        revalidate: Duration::ZERO,
+    };
+    let registry = Registry::with_sources(options, None, vec![(Source::Huggingface, source)]);
+    let wanted =
+        CartridgeRef { id: ID.into(), source: Source::Huggingface, force_redownload: false };
+    let first = registry.acquire(&wanted).await.unwrap();
+    let blob = files(dir.path(), "blobs").remove(0);
+    let mut damaged = fs::read(&blob).unwrap();
+    let middle = damaged.len() / 2;
+    damaged[middle] ^= 1;
+    fs::write(&blob, damaged).unwrap();
+    let again = registry.acquire(&wanted).await.unwrap();
+    assert_eq!(again.generation(), first.generation());
+    assert_eq!(fs::read(&blob).unwrap(), torch_bytes(1.0));
+    assert_eq!(registry.stats().fetches, 2);
 }
 
 /// A sound cartridge of the same length in the place of another: no check of the file itself tells.
@@ -207,7 +243,7 @@ fn a_file_of_two_ids_stays_until_both_are_removed() {
     assert_eq!(files(dir.path(), "blobs"), Vec::<PathBuf>::new());
 }
 
-/// C.3 #7: threads of one process; `sources_cli.rs` does it with two processes.
+/// Case 7: threads of one process; `sources_cli.rs` does it with two processes.
 #[test]
 fn many_who_fetch_the_same_at_once_download_it_once() {
     let (hub, dir) = (hub_with(&[(ID, 1.0)]), tempfile::tempdir().unwrap());
@@ -222,7 +258,7 @@ fn many_who_fetch_the_same_at_once_download_it_once() {
     assert_eq!(locks.len(), 1, "locks leave with their holders: {locks:?}");
 }
 
-/// C.3 #42: a folder that cannot be made.
+/// Case 42: a folder that cannot be made.
 #[test]
 fn a_folder_that_cannot_be_written_is_told_with_what_to_set() {
     let (hub, dir) = (hub_with(&[(ID, 1.0)]), tempfile::tempdir().unwrap());

@@ -145,6 +145,10 @@ fn describe() {
         "cartouche_cartridge_evictions_total",
         "Cartridges that left memory for others"
     );
+    describe_gauge!("cartouche_cartridge_host_bytes", "Bytes of cartridges kept beside a GPU");
+    describe_counter!("cartouche_cartridge_restores_total", "Cartridges copied back to the GPU");
+    describe_counter!("cartouche_cartridge_fetches_total", "Fetches from remote sources");
+    describe_counter!("cartouche_cartridge_fetch_failures_total", "Fetches that failed");
 }
 
 impl Metrics {
@@ -234,6 +238,10 @@ impl Metrics {
             counter!("cartouche_cartridge_loads_total").absolute(registry.loads);
             counter!("cartouche_cartridge_load_failures_total").absolute(registry.load_failures);
             counter!("cartouche_cartridge_evictions_total").absolute(registry.evictions);
+            gauge!("cartouche_cartridge_host_bytes").set(registry.host_bytes as f64);
+            counter!("cartouche_cartridge_restores_total").absolute(registry.restores);
+            counter!("cartouche_cartridge_fetches_total").absolute(registry.fetches);
+            counter!("cartouche_cartridge_fetch_failures_total").absolute(registry.fetch_failures);
         });
         self.handle.run_upkeep();
         self.handle.render()

@@ -80,7 +80,16 @@ impl Registry {
                 let reason = format!("{count} loads are under way");
                 CartridgeError::Busy { id: id.to_owned(), reason }
             })?;
-            let (cartridge, stamp) = flight.wait().await.unwrap_or_else(|| Err(interrupted(id)))?;
+            let (cartridge, stamp) =
+                match flight.wait().await.unwrap_or_else(|| Err(interrupted(id))) {
+                    // A damaged file of the disk cache is removed when that is found out; its source has another.
+                    Err(_)
+                        if place != Source::Local && self::stamp(&files, id).await?.is_none() =>
+                    {
+                        return Ok(None);
+                    }
+                    loaded => loaded?,
+                };
             // A load that began before this call may have read an older file than this call saw.
             if started || stamp == seen {
                 return Ok(Some(cartridge));
