@@ -8,7 +8,7 @@ use serde::de::{
 };
 use serde_json::json;
 
-use super::{Cartridge, CartridgeError, format::write_atomically};
+use super::{Cartridge, CartridgeError, Provenance, format::write_atomically};
 use crate::limits;
 
 /// What a `config.yaml` says that concerns a server.
@@ -174,6 +174,27 @@ impl<'de> Visitor<'de> for NodeSeed {
     /// An empty document.
     fn visit_none<E: Error>(self) -> Result<Node, E> {
         Ok(Node::Other)
+    }
+}
+
+/// Completes what a cartridge's file says about its making from its `config.yaml`; trouble with that is a
+/// warning.
+pub(super) fn complete_from_config(
+    text: &str,
+    id: &str,
+    tokens: usize,
+    provenance: &mut Provenance,
+) {
+    match read_config_yaml(text) {
+        Ok(config) => {
+            if let Some(claimed) = config.tokens.filter(|n| *n != tokens as u64) {
+                tracing::warn!(id, tokens, claimed, "config.yaml is wrong about the tokens");
+            }
+            if provenance.model.is_none() {
+                provenance.model = config.model;
+            }
+        }
+        Err(warning) => tracing::warn!(id, "{warning}"),
     }
 }
 

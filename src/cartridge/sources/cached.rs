@@ -11,9 +11,9 @@ use super::{
 };
 use crate::{
     cartridge::{
-        CartridgeError, Intake, Keep, Provenance, Source,
+        CartridgeError, Intake, Keep, Source,
+        config_yaml::complete_from_config,
         format::read_file,
-        read_config_yaml,
         store::{Finished, Record, Store, hex},
     },
     limits,
@@ -247,7 +247,7 @@ impl<F: Fetch> Cached<F> {
             Err(error) => return Err(error),
         }
         if let (Some(text), Some((tokens, provenance))) = (&record.config_yaml, intake.facts()) {
-            complete(text, id, tokens, provenance);
+            complete_from_config(text, id, tokens, provenance);
         }
         self.store.touch(source, id);
         Ok(Stamp::from(&metadata))
@@ -305,20 +305,5 @@ fn blank() -> Record {
         generation: String::new(),
         tokens: 0,
         config_yaml: None,
-    }
-}
-
-/// Completes what the file says about its making; trouble with that is a warning.
-fn complete(text: &str, id: &str, tokens: usize, provenance: &mut Provenance) {
-    match read_config_yaml(text) {
-        Ok(config) => {
-            if let Some(claimed) = config.tokens.filter(|n| *n != tokens as u64) {
-                tracing::warn!(id, tokens, claimed, "config.yaml is wrong about the tokens");
-            }
-            if provenance.model.is_none() {
-                provenance.model = config.model;
-            }
-        }
-        Err(warning) => tracing::warn!(id, "{warning}"),
     }
 }

@@ -6,7 +6,8 @@ use std::{
 };
 
 use super::super::{
-    CartridgeError, Intake, Provenance, format::read_file, read_config_yaml, sanitize::folder_name,
+    CartridgeError, Intake, config_yaml::complete_from_config, format::read_file,
+    sanitize::folder_name,
 };
 use super::{FileSource, Stamp};
 use crate::limits;
@@ -102,7 +103,12 @@ impl FileSource for LocalFolder {
             }
             read?;
             if let Some((tokens, provenance)) = intake.facts() {
-                complete_from_config(&folder, id, tokens, provenance);
+                let path = folder.join("config.yaml");
+                match read_small(&path, limits::MAX_CONFIG_YAML_BYTES) {
+                    Ok(None) => {}
+                    Ok(Some(text)) => complete_from_config(&text, id, tokens, provenance),
+                    Err(error) => tracing::warn!(id, "config.yaml is ignored: {error}"),
+                }
             }
             Ok(stamp)
         };
@@ -229,27 +235,6 @@ fn read_small(path: &Path, limit: u64) -> Result<Option<String>, CartridgeError>
     let read = file.take(limit).read_to_string(&mut text);
     read.map_err(|e| CartridgeError::io("read the file", &e))?;
     Ok(Some(text))
-}
-
-/// Completes what the file says about its making from `config.yaml`; trouble with that is a warning.
-fn complete_from_config(folder: &Path, id: &str, tokens: usize, provenance: &mut Provenance) {
-    let text = read_small(&folder.join("config.yaml"), limits::MAX_CONFIG_YAML_BYTES);
-    let config = match text.map_err(|e| format!("config.yaml is ignored: {e}")) {
-        Ok(None) => return,
-        Ok(Some(text)) => read_config_yaml(&text),
-        Err(warning) => Err(warning),
-    };
-    match config {
-        Ok(config) => {
-            if let Some(claimed) = config.tokens.filter(|n| *n != tokens as u64) {
-                tracing::warn!(id, tokens, claimed, "config.yaml is wrong about the tokens");
-            }
-            if provenance.model.is_none() {
-                provenance.model = config.model;
-            }
-        }
-        Err(warning) => tracing::warn!(id, "{warning}"),
-    }
 }
 
 #[cfg(test)]
