@@ -153,7 +153,8 @@ mod tests {
 
     #[test]
     fn names_of_this_machine() {
-        for host in ["localhost", "LOCALHOST:10210", "127.0.0.1:1", "127.9.9.9", "[::1]:80", "::1"]
+        for host in
+            ["localhost", "LOCALHOST:10210", "127.0.0.1:1", "127.9.9.9", "[::1]:80", "[::1]"]
         {
             assert!(is_local_host(host), "{host}");
         }
