@@ -20,6 +20,9 @@ class Hub(http.server.ThreadingHTTPServer):
         self.requests = 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
+    def handle_error(self, request, client_address):
+        """A client that hangs up is what this server is for."""
+
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
