@@ -105,6 +105,8 @@ pub const MAX_LOGPROBS_PER_REQUEST: usize = 1 << 20;
 pub const MAX_SAFETENSORS_HEADER_BYTES: u64 = 4 << 20;
 /// Cartridge files read at the same time; further loads wait.
 pub const MAX_CONCURRENT_CARTRIDGE_LOADS: usize = 4;
+/// Bytes of loaded cartridges after which memory that was freed for them is given back to the system.
+pub const GIVE_BACK_AFTER_BYTES: u64 = 128 << 20;
 /// Cartridge loads under way or waiting; the next one is answered with 503 and `Retry-After`.
 pub const MAX_PENDING_CARTRIDGE_LOADS: usize = 256;
 /// Connections served at the same time; further ones wait to be accepted.

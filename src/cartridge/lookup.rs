@@ -2,7 +2,7 @@
 //! remote source it names, that source.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
 
@@ -14,7 +14,7 @@ use super::{
     sources::not_found,
     staging::WithoutRoom,
 };
-use crate::limits;
+use crate::{limits, ops::memory::give_back_freed};
 
 /// How often a call that joined a load of an older file waits for another one.
 const MAX_TRIES: usize = 4;
@@ -132,7 +132,19 @@ impl Registry {
         let mut residents = self.lock();
         residents.counts.loads += 1;
         residents.point(key, id, (cartridge.generation(), stamp), epoch);
+        drop(residents);
+        self.give_back(cartridge.bytes());
         Ok((cartridge, stamp))
+    }
+
+    /// What had to leave for what was loaded is free by now.
+    fn give_back(&self, loaded: u64) {
+        let loaded = loaded + self.loaded_bytes.fetch_add(loaded, Ordering::Relaxed);
+        if loaded >= limits::GIVE_BACK_AFTER_BYTES
+            && self.loaded_bytes.swap(0, Ordering::Relaxed) >= limits::GIVE_BACK_AFTER_BYTES
+        {
+            give_back_freed();
+        }
     }
 
     /// Asks a remote source, once for all that ask at the same time, and loads what it brings. A `force`d

@@ -7,7 +7,7 @@
 
 use std::{
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
     time::Duration,
 };
 
@@ -141,6 +141,8 @@ pub struct Registry {
     residents: Mutex<Residents>,
     pub(super) loads: Arc<Flights<Loaded>>,
     pub(super) load_permits: Semaphore,
+    /// Since freed memory was given back to the system.
+    pub(super) loaded_bytes: AtomicU64,
     failures: Mutex<Failures>,
     /// The cartridge directory, for publications.
     pub(super) folder: Option<Arc<LocalFolder>>,
@@ -195,6 +197,7 @@ impl Registry {
             remotes: remotes.into_iter().map(remote).collect(),
             loads: Flights::new(limits::MAX_PENDING_CARTRIDGE_LOADS),
             load_permits: Semaphore::new(limits::MAX_CONCURRENT_CARTRIDGE_LOADS),
+            loaded_bytes: AtomicU64::new(0),
             failures: Mutex::default(),
             folder: options.dir.clone().map(|dir| Arc::new(LocalFolder::new(dir))),
             uploads: Arc::new(Semaphore::new(limits::MAX_CONCURRENT_UPLOADS)),
