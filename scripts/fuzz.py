@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs the fuzz targets on a given number of inputs each and writes the report: `fuzz-<date>.md` and `.csv`.
+"""Runs the fuzz targets on a given number of inputs each and writes the report: `<date>-fuzz.md` and `.csv`.
 
     scripts/fuzz.py --inputs 200000 --date 2026-11-22
 
@@ -45,7 +45,7 @@ def main():
 
 
 def write(args, rows, kinds):
-    name = f"fuzz-{args.date}"
+    name = f"{args.date}-fuzz"
     with open(args.out / f"{name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
