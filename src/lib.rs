@@ -13,7 +13,7 @@
 //! | [`engine`] | the loop that turns requests into tokens | `model`, `cartridge`, `ops` |
 //! | [`train`] | learning a cartridge: data, packs, loss, gradients, checkpoints | `engine`, `model`, `cartridge`, `text`, `ops` |
 //! | [`model`] | one decoder for the Llama family and Qwen | `ops`, `text`, shapes and KV of `cartridge` |
-//! | [`cartridge`] | the artifact, its file formats, the registry, remote sources and their disk cache | candle only |
+//! | [`cartridge`] | the artifact, its file formats, the registry, its sources | candle; `gpu::is_gpu`, `ops::memory` |
 //! | [`text`] | tokenizer, chat template, detokenizer, stop strings | nothing of ours |
 //! | [`gpu`] | which CUDA kernels run, with which arguments | block size of `engine` |
 //! | [`ops`] | building blocks with their backward passes | candle only |

@@ -201,7 +201,9 @@ impl Transfer {
         mut once: impl FnMut() -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         let mut pause = Duration::from_millis(limits::SOURCE_BACK_OFF_MILLIS);
-        for tries in 1.. {
+        let mut tries = 0;
+        loop {
+            tries += 1;
             let failure = match once() {
                 Err(_) if self.is_stopped() => return Err(Failure::Stopped),
                 Err(failure) if failure.is_passing() && tries < limits::MAX_SOURCE_TRIES => failure,
@@ -220,7 +222,6 @@ impl Transfer {
             tracing::debug!(%failure, ?wait, tries, "trying again");
             self.sleep(wait)?;
         }
-        unreachable!("the last try returns")
     }
 
     /// Sleeps, but not longer than until [`Self::stop`].
